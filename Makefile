@@ -1,0 +1,49 @@
+# make demo   a virtual environment, the install, and the whole path on real digits
+# make test   the tests (within 10 minutes on 2 cores)
+# make check  ruff and mypy
+# PIP_FLAGS go to pip install, for example to take a CPU-only build of torch (see README).
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LINKS := epdistill/teachers epdistill/students epdistill/export
+
+.PHONY: demo test test-all check format links install wheel-test clean
+.DEFAULT_GOAL := demo
+
+# Editors and type checkers do not run import hooks: these links show them where
+# `epdistill.teachers` is. The wheel is the same with and without them.
+$(LINKS): epdistill/%:
+	ln -sfn ../$* $@
+
+links: $(LINKS)
+
+$(STAMP): pyproject.toml | $(LINKS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[dev]'
+	touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/epdistill run
+
+test: $(STAMP)
+	$(BIN)/python -P -m pytest -m "not slow"
+
+# Everything, also what takes long; CI runs this.
+test-all: $(STAMP)
+	$(BIN)/python -P -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -P -m mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(LINKS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,44 @@
+"""Every error a user can cause, one small tree.
+
+    EpdistillError            exit code 2, printed as one line, never a traceback
+    +- RecipeError            a recipe file or a flag holds something impossible
+    +- DataError              a data set is missing, broken or does not fit
+    +- RunError               a run folder is missing, of the wrong kind, or damaged
+    +- ExportError            an export could not be made or did not pass its gate
+    |  +- ParityError         the exported graph does not compute what the model computes
+    +- EvaluationError        an attack or a model broke the rules of evaluation
+
+Messages say what was received, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class EpdistillError(Exception):
+    """A mistake the user can mend; `str(error)` is one line meant for them."""
+
+    exit_code: int = 2
+
+
+class RecipeError(EpdistillError):
+    """An unknown recipe or key, or a value out of range."""
+
+
+class DataError(EpdistillError):
+    """A data set that is missing, damaged, or unusable for the task."""
+
+
+class RunError(EpdistillError):
+    """A run folder that is missing, of the wrong kind, or damaged."""
+
+
+class ExportError(EpdistillError):
+    """An export that could not be made or read."""
+
+
+class ParityError(ExportError):
+    """The exported graph computes something else than the model; nothing was written."""
+
+
+class EvaluationError(EpdistillError):
+    """A model or an attack that breaks the rules of an honest evaluation."""

@@ -1,0 +1,221 @@
+"""Run folders: what a training leaves behind, written so that a crash loses nothing.
+
+    config.json         what was run, with what, and what came out (the newest facts)
+    model.safetensors   the weights alone; their SHA-256 stands in config.json
+    metrics.jsonl       one JSON object per line, only ever appended to
+    README.md           a model card made from the recorded numbers
+
+Nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from epdistill.errors import RunError
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+METRICS = "metrics.jsonl"
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and its parsed `config.json`."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """`"teacher"` or `"student"`."""
+        return str(self.config["kind"])
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which is the run's name."""
+        return self.path.name
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part.
+
+    The steps are the usual ones: a sibling temporary file, flush, fsync,
+    rename, fsync of the folder (without which the rename may not survive a
+    power cut).
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON object, readable by people, atomically."""
+    atomic_write(path, json.dumps(content, indent=2, sort_keys=False, allow_nan=False) + "\n")
+
+
+def append_metrics(folder: Path, row: Mapping[str, Any]) -> None:
+    """Append one row to `metrics.jsonl`."""
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps(dict(row)) + "\n")
+        file.flush()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All complete rows of `metrics.jsonl` (a last line cut by a crash is left out)."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def new_run_folder(out: Path | None, runs_root: Path, stem: str) -> Path:
+    """Create the folder of a new run and return it.
+
+    Without `out` the folder is `runs_root/stem-NNN` with the next free number.
+    An `out` that already holds a run is refused: runs are never overwritten.
+    """
+    if out is not None:
+        if (out / CONFIG).exists():
+            raise RunError(
+                f"--out {out} already holds a run; runs are never overwritten: "
+                "name another folder, or move this one away"
+            )
+        if out.exists() and not out.is_dir():
+            raise RunError(f"--out {out} is a file; expected a folder to write the run into")
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    runs_root.mkdir(parents=True, exist_ok=True)
+    taken = [
+        int(match.group(1))
+        for entry in runs_root.iterdir()
+        if (match := re.fullmatch(re.escape(stem) + r"-(\d{3,})", entry.name))
+    ]
+    number = max(taken, default=0) + 1
+    while True:
+        folder = runs_root / f"{stem}-{number:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # another process took this number meanwhile
+            number += 1
+
+
+def save_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> str:
+    """Write `model.safetensors` and return its SHA-256, to be kept in `config.json`."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    data = save_safetensors(tensors)
+    atomic_write(folder / WEIGHTS, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_weights(run: Run) -> dict[str, torch.Tensor]:
+    """Read the weights of a run after checking their SHA-256 against `config.json`."""
+    path = run.path / WEIGHTS
+    if not path.is_file():
+        raise RunError(f"{run.path} has no {WEIGHTS}; expected a finished run: train it again")
+    data = path.read_bytes()
+    expected = run.config.get("weights_sha256")
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise RunError(
+            f"{path} is damaged or was replaced: its SHA-256 is {found[:12]}..., config.json "
+            f"says {str(expected)[:12]}...; restore the file or train again"
+        )
+    try:
+        return load_safetensors(data)
+    except SafetensorError as error:
+        raise RunError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def open_run(path: Path, kind: str | None = None) -> Run:
+    """Open a run folder.
+
+    Args:
+        path: The folder (or a file inside it).
+        kind: `"teacher"` or `"student"` when only that kind will do.
+
+    Raises:
+        RunError: The folder holds no finished run, a damaged one, or one of another kind.
+    """
+    folder = path.parent if path.is_file() else path
+    config_path = folder / CONFIG
+    wanted = f"a {kind} run" if kind else "a run"
+    if not config_path.is_file():
+        state = "does not exist" if not folder.exists() else f"has no {CONFIG}"
+        raise RunError(f"{folder} {state}; expected the folder of {wanted}")
+    try:
+        config = json.loads(config_path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{config_path} is damaged ({error}); expected a JSON object") from error
+    if not isinstance(config, dict) or "kind" not in config or "format_version" not in config:
+        raise RunError(f"{config_path} is not a run's configuration; expected {wanted}")
+    if config["format_version"] != FORMAT_VERSION:
+        raise RunError(
+            f"{config_path} has format version {config['format_version']}; this epdistill reads "
+            f"version {FORMAT_VERSION}: use the epdistill that wrote it"
+        )
+    if kind is not None and config["kind"] != kind:
+        raise RunError(f"{folder} is a {config['kind']} run; expected a {kind} run")
+    return Run(folder, config)
+
+
+def finished_runs(runs_root: Path, kind: str | None = None) -> list[Run]:
+    """All readable finished runs under `runs_root`, newest first."""
+    found = []
+    if runs_root.is_dir():
+        for entry in sorted(runs_root.iterdir()):
+            if (entry / CONFIG).is_file():
+                try:
+                    run = open_run(entry)
+                except RunError:
+                    continue
+                if run.config.get("finished") and (kind is None or run.kind == kind):
+                    found.append(run)
+    # The number in the name breaks ties of the clock.
+    return sorted(found, key=lambda run: (run.config["finished"], run.name), reverse=True)
+
+
+def newest_run(runs_root: Path, kind: str | None = None) -> Run:
+    """The newest finished run of a kind under `runs_root`."""
+    runs = finished_runs(runs_root, kind)
+    if not runs:
+        command = "distill" if kind == "student" else "teach"
+        raise RunError(
+            f"no finished {kind + ' ' if kind else ''}run under {runs_root}; "
+            f"expected one: type `epdistill {command}` first, or name a run's folder"
+        )
+    return runs[0]
