@@ -1,0 +1,1 @@
+"""EP-CNN teachers: energy, relaxation, learning rules, gradients through the equilibrium."""

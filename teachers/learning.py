@@ -1,0 +1,172 @@
+"""Equilibrium Propagation: parameter gradients from the fixed points alone.
+
+With Phi_beta = Phi - beta * loss and s^beta its fixed point, the gradient of the
+loss through the equilibrium is the limit beta -> 0 of
+
+    one-sided    -[dPhi/dtheta(s^beta) - dPhi/dtheta(s^*)] / beta
+    symmetric    -[dPhi/dtheta(s^{+beta}) - dPhi/dtheta(s^{-beta})] / (2 beta)
+
+(Scellier & Bengio 2017; Laborieux et al. 2021, eq. 4-7). dPhi/dtheta is local:
+it is the correlation of s_{n-1} with s_n put back at the argmax of the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from epdistill.teachers.energy import Network, Pooled, States
+from epdistill.teachers.relaxation import Relaxed, Schedule, make_nudge, relax
+
+Estimator = Literal["symmetric", "one-sided", "random-sign"]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the batch-mean loss, shaped like the parameters of `Network`."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    readout_weight: Tensor | None
+    readout_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one EP step gives.
+
+    Attributes:
+        gradients: To be descended.
+        free: The free phase, whose readout is the prediction.
+        plus: The phase nudged with +beta (None for the other one-sided sign).
+        minus: The phase nudged with -beta (None likewise).
+        logits: (N, classes), of the free phase.
+    """
+
+    gradients: Gradients
+    free: Relaxed
+    plus: Relaxed | None
+    minus: Relaxed | None
+    logits: Tensor
+
+
+def phi_difference(
+    network: Network, images: Tensor, high: States, low: States, drive: Pooled
+) -> tuple[list[Tensor], list[Tensor]]:
+    """dPhi/dtheta(high) - dPhi/dtheta(low), summed over the batch.
+
+    Written as products of differences and means, a+ b+ - a- b- =
+    (a+ - a-)(b+ + b-)/2 + (a+ + a-)/2 (b+ - b-), so that two nearly equal
+    large sums are never subtracted.
+
+    Args:
+        network: The weights.
+        images: (N, C, H, W), normalised.
+        high: States of the one phase.
+        low: States of the other.
+        drive: P(u_1), which both share.
+
+    Returns:
+        The differences for the weights and for the biases.
+    """
+    weights, biases = [], []
+    below_high = below_low = images
+    for n, layer in enumerate(network.architecture.layers, start=1):
+        if n == 1:
+            top = network.unpool(1, high[0] - low[0], drive)
+            pairs = [(images, top)]
+            difference = top
+        else:
+            up_high = network.unpool(
+                n, high[n - 1], network.pool(n, network.drive(n, below_high))
+            )
+            up_low = network.unpool(n, low[n - 1], network.pool(n, network.drive(n, below_low)))
+            difference = up_high - up_low
+            pairs = [
+                (below_high - below_low, (up_high + up_low).mul_(0.5)),
+                ((below_high + below_low).mul_(0.5), difference),
+            ]
+        shape = network.weights[n - 1].shape
+        parts = [conv2d_weight(a, shape, b, layer.stride, layer.padding) for a, b in pairs]  # type: ignore[arg-type]
+        weights.append(parts[0] if len(parts) == 1 else parts[0] + parts[1])
+        biases.append(difference.sum((0, 2, 3)))
+        below_high, below_low = high[n - 1], low[n - 1]
+    return weights, biases
+
+
+def _readout_gradients(
+    network: Network, phases: list[States], target: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The loss gradient of the readout, averaged over phases and batch."""
+    if network.readout_weight is None:
+        return None, None
+    weight, bias = torch.zeros_like(network.readout_weight), torch.zeros(
+        network.readout_weight.shape[0], dtype=target.dtype, device=target.device
+    )
+    scale = 1 / (len(phases) * target.shape[0])
+    for states in phases:
+        error = network.logits(states[-1]).softmax(1) - target
+        weight += scale * error.T @ states[-1].flatten(1)
+        bias += scale * error.sum(0)
+    return weight, bias
+
+
+@torch.no_grad()
+def ep_step(
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    beta: float,
+    free: Schedule,
+    nudged: Schedule,
+    estimator: Estimator = "symmetric",
+    sign: int = 1,
+    bounded: bool = True,
+) -> Step:
+    """One step of Equilibrium Propagation on a batch.
+
+    Args:
+        network: The weights.
+        images: (N, C, H, W), normalised.
+        labels: (N,) int64.
+        beta: Nudging strength, > 0.
+        free: Schedule of the free phase, from zero states.
+        nudged: Schedule of the nudged phases, from the free fixed point.
+        estimator: Which of the three estimators; random-sign uses `sign`.
+        sign: +1 or -1, drawn by the caller for `"random-sign"`.
+        bounded: Use the curvature bound in the positive phase.
+
+    Returns:
+        Gradients of the batch-mean loss and the phases they came from.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    drive = network.pool(1, network.drive(1, images))
+    rest = relax(network, images, free, drive=drive)
+    below = rest.states[-2] if network.depth > 1 else images
+    logits = network.logits(rest.states[-1], below)
+
+    def phase(strength: float) -> Relaxed:
+        nudge = make_nudge(network, labels, strength, bounded=bounded)
+        return relax(network, images, nudged, nudge=nudge, start=rest.states, drive=drive)
+
+    strength = beta if estimator != "random-sign" else beta * sign
+    plus = phase(strength) if strength > 0 else None
+    minus = phase(-beta) if estimator == "symmetric" or strength < 0 else None
+    # Without the opposite phase the free state stands in, and the distance is beta.
+    high = plus.states if plus else rest.states
+    low = minus.states if minus else rest.states
+    gap = 2 * beta if plus and minus else beta
+    weights, biases = phi_difference(network, images, high, low, drive)
+    scale = -1 / (gap * images.shape[0])
+    target = make_nudge(network, labels, 0.0).target
+    phases = [relaxed.states for relaxed in (plus, minus) if relaxed is not None]
+    readout = _readout_gradients(network, phases, target)
+    gradients = Gradients(
+        tuple(w.mul_(scale) for w in weights), tuple(b.mul_(scale) for b in biases), *readout
+    )
+    return Step(gradients, rest, plus, minus, logits)
