@@ -1,0 +1,132 @@
+"""The manifest: a JSON file beside the model that says what was shipped and what it passed.
+
+`model.onnx` has `model.json`. The model is written first and the manifest last,
+so a manifest vouches only for a file that is complete; a reader compares the
+SHA-256 and refuses a file that was changed, cut or mixed up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from epdistill.errors import ExportError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known about one exported file.
+
+    Attributes:
+        sha256: Hex digest of the file's bytes.
+        size_bytes: Its length.
+        classes: Names of the classes, in the order of the logits.
+        image_shape: (C, H, W) of one image.
+        parity: The figures of the gate it passed, see `ParityReport.to_json`.
+        metadata: The `metadata_props` inside the file.
+    """
+
+    sha256: str
+    size_bytes: int
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def sha256_of(data: bytes) -> str:
+    """The hex SHA-256 of some bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def manifest_path(model: Path) -> Path:
+    """Where the manifest of a model file stands: `<stem>.json` in the same folder."""
+    return model.with_suffix(".json")
+
+
+def write_artifact(path: Path, data: bytes, manifest: Manifest) -> Path:
+    """Write a model file and then its manifest, each atomically.
+
+    Args:
+        path: The model file; its folder is created where needed.
+        data: Exactly the bytes that passed the gate.
+        manifest: Speaks of these bytes.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        ExportError: The manifest speaks of other bytes, or the place cannot be written.
+    """
+    from epdistill.runs import atomic_write, write_json  # brings torch, which readers do not need
+
+    if manifest.sha256 != sha256_of(data):
+        raise ExportError(f"the manifest for {path} speaks of other bytes; expected their SHA-256")
+    beside = manifest_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, data)
+        write_json(beside, {"format_version": FORMAT_VERSION, **asdict(manifest)})
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {path} ({error.strerror or error}); expected a writable folder: "
+            "choose another place"
+        ) from error
+    return beside
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        ExportError: Missing, damaged, of another version, or some other JSON file.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # ValueError: bad JSON, bad UTF-8
+        raise ExportError(
+            f"the manifest {path} cannot be read ({error}); export the model again"
+        ) from error
+    if isinstance(content, dict) and content.get("format_version", FORMAT_VERSION) != (
+        FORMAT_VERSION
+    ):
+        raise ExportError(
+            f"the manifest {path} has format version {content['format_version']!r}; this epdistill "
+            f"reads version {FORMAT_VERSION}: use the epdistill that wrote it"
+        )
+    try:
+        channels, height, width = (int(size) for size in content["image_shape"])
+        return Manifest(
+            sha256=str(content["sha256"]),
+            size_bytes=int(content["size_bytes"]),
+            classes=tuple(str(name) for name in content["classes"]),
+            image_shape=(channels, height, width),
+            parity=dict(content["parity"]),
+            metadata={str(key): str(value) for key, value in content["metadata"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(
+            f"{path} is not the manifest of an exported model (bad or missing entry: {error}); "
+            "export the model again, or move that file away"
+        ) from error
+
+
+def verify(data: bytes, manifest: Manifest, source: str) -> None:
+    """Refuse bytes that are not the ones the manifest vouches for.
+
+    Raises:
+        ExportError: The length or the SHA-256 differs.
+    """
+    found = sha256_of(data)
+    if found != manifest.sha256 or len(data) != manifest.size_bytes:
+        raise ExportError(
+            f"{source} is damaged or was replaced: {len(data)} bytes with SHA-256 {found[:12]}..., "
+            f"its manifest says {manifest.size_bytes} bytes with {manifest.sha256[:12]}...; "
+            "restore the file or export again"
+        )
