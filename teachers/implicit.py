@@ -21,8 +21,12 @@ from torch import Tensor
 from epdistill.teachers.energy import Network, Pooled, States
 from epdistill.teachers.relaxation import _Batch
 
-TOLERANCE = 1e-4
 ITERATIONS = 200
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Relative residual that an attack gradient needs: 1e-4, and 1e-10 where float64 asks for it."""
+    return 1e-10 if dtype == torch.float64 else 1e-4
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def solve_adjoint(
     states: States,
     gradient: States,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     iterations: int = ITERATIONS,
 ) -> tuple[Adjoint, list[Pooled]]:
     """Solve (a I - H) lambda = g on the free units, per image, by conjugate gradients.
@@ -65,12 +69,14 @@ def solve_adjoint(
         images: (N, C, H, W), normalised.
         states: The fixed point s_1..s_L.
         gradient: g, the loss's gradient in each state.
-        tolerance: Relative residual at which an image's solve stops.
+        tolerance: Relative residual at which an image's solve stops; by dtype without it.
         iterations: The most iterations.
 
     Returns:
         The adjoint states, and the pools at the fixed point.
     """
+    if tolerance is None:
+        tolerance = default_tolerance(images.dtype)
     a, depth = network.architecture.curvature, network.depth
     drive = network.pool(1, network.drive(1, images))
     batch = _Batch(network, drive, states, None)

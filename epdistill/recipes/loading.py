@@ -1,0 +1,121 @@
+"""Finding, overriding and checking recipes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from epdistill.errors import RecipeError
+from epdistill.recipes.schema import Recipe
+
+BUNDLED = ("digits", "cifar10", "cifar100", "cifar10-small")
+PREFIX = "EPDISTILL__"
+
+
+def _read(source: str) -> dict[str, Any]:
+    """The content of a bundled recipe or of a TOML file."""
+    if source in BUNDLED:
+        text = resources.files("epdistill.recipes").joinpath(f"{source}.toml").read_text()
+        return {"name": source, **tomllib.loads(text)}
+    path = Path(source)
+    if path.suffix == ".toml" or path.is_file():
+        try:
+            return {"name": path.stem, **tomllib.loads(path.read_text())}
+        except OSError as error:
+            raise RecipeError(
+                f"recipe file {source} cannot be read ({error.strerror}); expected a TOML file"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe file {source} is not valid TOML: {error}") from error
+    near = difflib.get_close_matches(source, BUNDLED, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise RecipeError(
+        f"unknown recipe {source!r}{hint}; expected {', '.join(BUNDLED)} or a .toml file"
+    )
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = content.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{'.'.join(keys)}: {key} is a value, not a section")
+        content = inner
+    content[keys[-1]] = value
+
+
+def _parse(text: str) -> Any:
+    """An environment value in TOML's notation, or a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _known_keys(path: tuple[str | int, ...]) -> list[str]:
+    """The keys a section of the recipe may have."""
+    model: type[BaseModel] = Recipe
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type):
+            return []
+        if not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"recipe {source}: unknown key {where}{hint}; expected one of {', '.join(known)}"
+    expected = first["msg"].removeprefix("Input should be ")
+    return f"recipe {source}: {where} = {first['input']!r}; expected {expected}"
+
+
+def validate(content: Mapping[str, Any], source: str) -> Recipe:
+    """Check a recipe's content.
+
+    Raises:
+        RecipeError: An unknown key, a wrong type or a value out of range, in one line.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, source)) from error
+
+
+def load_recipe(
+    source: str = "digits",
+    overrides: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Resolve a recipe.
+
+    Args:
+        source: A bundled name or the path of a TOML file.
+        overrides: Flags, as `{"teacher.epochs": 3}`; None values are skipped.
+        environment: Variables, as `EPDISTILL__TEACHER__EPOCHS=3`; the process's own without it.
+
+    Raises:
+        RecipeError: One line: what was received, what was expected.
+    """
+    content = _read(source)
+    environment = os.environ if environment is None else environment
+    for name in sorted(environment):
+        if name.startswith(PREFIX):
+            _set(content, name.removeprefix(PREFIX).lower().split("__"), _parse(environment[name]))
+    for dotted, value in (overrides or {}).items():
+        if value is not None:
+            _set(content, dotted.split("."), value)
+    return validate(content, source)

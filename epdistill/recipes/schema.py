@@ -1,0 +1,159 @@
+"""What a recipe may say, with ranges; an unknown key is an error."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+Fraction = Field(ge=0.0, lt=1.0)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(_Section):
+    """Which images, and how training batches are varied.
+
+    Attributes:
+        name: `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn` or `folder:PATH`.
+        image_size: Side in pixels that the images of a folder are resized to.
+        validation_fraction: Share of the training set kept for choices.
+        crop_padding: Pixels of padding for random crops; 0 is off.
+        padding_mode: How the padding is filled.
+        flip: Mirror images with probability 1/2.
+    """
+
+    name: str = "digits"
+    image_size: int | None = Field(default=None, ge=8, le=224)
+    validation_fraction: float = Field(default=0.1, gt=0.0, lt=0.9)
+    crop_padding: int = Field(default=0, ge=0, le=32)
+    padding_mode: Literal["reflect", "edge", "zeros"] = "reflect"
+    flip: bool = False
+
+
+class TeacherRecipe(_Section):
+    """The EP-CNN and how it is taught.
+
+    Attributes:
+        channels: Channels of every layer; without it `width` doubled per layer, up to four times.
+        width: Channels of the first layer where `channels` is absent.
+        activation: `half` is clip(h/2, 0, 1), `unit` is clip(h, 0, 1).
+        init_scale: Factor on PyTorch's default initial weights.
+        std_scale: Factor on the images' standard deviation that they are divided by.
+        mean: Per-channel mean in [0,1]; measured on the training set without it.
+        std: Per-channel standard deviation; measured without it.
+        schedule: `red-black` or the published `synchronous`.
+        omega: Over-relaxation in (0, 2), red-black only.
+        tolerance: Residual at which an image counts as settled; 0 spends all sweeps on all.
+        sweeps: The most sweeps of the free phase; in teaching, `teach_sweeps` if given.
+        teach_sweeps: The most sweeps of the free phase in teaching.
+        teach_tolerance: Residual at which the free phase of teaching stops; `tolerance` without it.
+        nudged_sweeps: The most sweeps of each nudged phase.
+        nudged_tolerance: Residual at which a nudged phase stops.
+        beta: Nudging strength.
+        estimator: `symmetric`, `one-sided` or `random-sign`.
+        learning_rates: One per layer, the readout last; a single one serves all.
+        momentum: Of stochastic gradient descent.
+        weight_decay: On all parameters.
+        batch_size: Images per step.
+        epochs: Passes over the training set.
+        cosine_epochs: Length of the cosine schedule; all `epochs` without it.
+        min_learning_rate: Floor of the cosine schedule.
+    """
+
+    channels: tuple[PositiveInt, ...] | None = None
+    width: PositiveInt = 32
+    activation: Literal["half", "unit"] = "half"
+    init_scale: PositiveFloat = 1.0
+    std_scale: PositiveFloat = 1.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
+    schedule: Literal["red-black", "synchronous"] = "red-black"
+    omega: float = Field(default=1.5, gt=0.0, lt=2.0)
+    tolerance: float = Field(default=1e-4, ge=0.0, le=0.1)
+    sweeps: PositiveInt = 250
+    teach_sweeps: PositiveInt | None = None
+    teach_tolerance: float | None = Field(default=None, ge=0.0, le=0.1)
+    nudged_sweeps: PositiveInt = 30
+    nudged_tolerance: float = Field(default=1e-5, ge=0.0, le=0.1)
+    beta: PositiveFloat = 0.5
+    estimator: Literal["symmetric", "one-sided", "random-sign"] = "symmetric"
+    learning_rates: tuple[PositiveFloat, ...] = (0.1,)
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    weight_decay: float = Field(default=3e-4, ge=0.0)
+    batch_size: PositiveInt = 128
+    epochs: PositiveInt = 20
+    cosine_epochs: PositiveInt | None = None
+    min_learning_rate: float = Field(default=1e-5, ge=0.0)
+
+
+class StudentRecipe(_Section):
+    """The student and how it is matched to the teacher's fixed points.
+
+    Attributes:
+        name: `resnet18` or `cnn`.
+        width: Channels of the student's first stage; its own default without it.
+        inputs: Where in input space the teacher is matched: `clean` images, `noise`
+            (every image with Gaussian noise), or `mix` (half of each batch).
+        noise_std: Standard deviation of that noise, in units of the [0,1] pixel range;
+            each noisy image draws its own between 0 and this.
+        state_weight: Weight of the mean over layers of MSE / Var of the fixed points.
+        logit_weight: Weight of the KL divergence from the teacher's to the student's answer.
+        learning_rate: Peak, reached after `warmup` of all steps.
+        momentum: Of stochastic gradient descent (Nesterov).
+        weight_decay: On convolution and linear weights.
+        warmup: Share of all steps spent on the linear warm-up.
+        batch_size: Images per step.
+        epochs: Passes over the training set.
+    """
+
+    name: str = "resnet18"
+    width: PositiveInt | None = None
+    inputs: Literal["clean", "noise", "mix"] = "mix"
+    noise_std: float = Field(default=0.1, ge=0.0, le=1.0)
+    state_weight: float = Field(default=1.0, ge=0.0)
+    logit_weight: float = Field(default=1.0, ge=0.0)
+    learning_rate: PositiveFloat = 0.1
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    weight_decay: float = Field(default=5e-4, ge=0.0)
+    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
+    batch_size: PositiveInt = 128
+    epochs: PositiveInt = 20
+
+
+class EvaluateRecipe(_Section):
+    """What is attacked, and how hard.
+
+    Attributes:
+        limit: Test images attacked and corrupted (the first ones; clean accuracy uses all).
+        linf: Radii of the Linf balls, in units of the [0,1] pixel range.
+        l2: Radii of the L2 balls.
+        steps: PGD steps.
+        queries: Queries of the Square attack per image.
+    """
+
+    limit: PositiveInt = 200
+    linf: tuple[PositiveFloat, ...] = (2 / 255, 4 / 255, 8 / 255, 16 / 255)
+    l2: tuple[PositiveFloat, ...] = (0.1, 0.25, 0.5, 1.0)
+    steps: PositiveInt = 20
+    queries: PositiveInt = 200
+
+
+class Recipe(_Section):
+    """A whole path: data, teacher, student, evaluation.
+
+    Attributes:
+        name: The recipe's name, a run's name starts with it.
+        seed: Of initial weights, data order, augmentation, noise and attacks.
+        precision: dtype of relaxation and training.
+    """
+
+    name: str = "custom"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    precision: Literal["float32", "float64"] = "float32"
+    data: DataRecipe = DataRecipe()
+    teacher: TeacherRecipe = TeacherRecipe()
+    student: StudentRecipe = StudentRecipe()
+    evaluate: EvaluateRecipe = EvaluateRecipe()

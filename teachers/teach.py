@@ -1,0 +1,194 @@
+"""Teaching: an EP-CNN trained by Equilibrium Propagation on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epdistill.data import DataSet, Split, to_float
+from epdistill.recipes import Recipe
+from epdistill.teachers.architecture import Architecture, layers_for
+from epdistill.teachers.learning import Gradients, ep_step
+from epdistill.teachers.model import EPCNN
+from epdistill.teachers.relaxation import Schedule
+from epdistill.training import Batch, cosine, optimiser_state, restore_optimiser, seed_of
+
+EVALUATION_BATCH = 256
+
+
+def architecture_for(recipe: Recipe, data: DataSet) -> Architecture:
+    """The architecture that a recipe asks for on a data set.
+
+    Raises:
+        RecipeError: The channels do not fit the image size, or mean/std the image channels.
+    """
+    teacher = recipe.teacher
+    mean = teacher.mean or data.mean
+    std = tuple(value * teacher.std_scale for value in teacher.std or data.std)
+    return Architecture(
+        in_channels=data.channels,
+        image_size=data.image_size,
+        layers=layers_for(data.image_size, width=teacher.width, channels=teacher.channels),
+        classes=len(data.classes),
+        mean=tuple(mean),
+        std=std,
+        activation=teacher.activation,
+    )
+
+
+def build_teacher(recipe: Recipe, data: DataSet) -> EPCNN:
+    """A freshly initialised EP-CNN; the same seed gives the same weights."""
+    teacher = recipe.teacher
+    schedule = Schedule(
+        kind=teacher.schedule,
+        omega=teacher.omega if teacher.schedule == "red-black" else 1.0,
+        tolerance=teacher.tolerance,
+        sweeps=teacher.sweeps,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(recipe.seed, 0))
+        return EPCNN(architecture_for(recipe, data), schedule, init_scale=teacher.init_scale)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What a relaxed classifier does on a split.
+
+    Attributes:
+        accuracy: Share of images answered rightly.
+        sweeps: Mean sweeps per image.
+        converged: Share of images settled to the schedule's tolerance.
+        residual: Largest residual of any image.
+    """
+
+    accuracy: float
+    sweeps: float
+    converged: float
+    residual: float
+
+
+@torch.no_grad()
+def measure(model: EPCNN, split: Split, *, batch_size: int = EVALUATION_BATCH) -> Accuracy:
+    """Accuracy and settling of a teacher on a split, every image once."""
+    right, sweeps, converged, worst = 0, 0, 0, 0.0
+    device = model.mean.device
+    network = model.network()
+    for start in range(0, len(split), batch_size):
+        images = to_float(split.images[start : start + batch_size].to(device)).to(model.mean.dtype)
+        labels = split.labels[start : start + batch_size].to(device)
+        relaxed = model.relax(images)
+        below = relaxed.states[-2] if len(relaxed.states) > 1 else model.normalise(images)
+        logits = network.logits(relaxed.states[-1], below)
+        right += int((logits.argmax(1) == labels).sum())
+        sweeps += int(relaxed.certificate.sweeps.sum())
+        converged += int(relaxed.certificate.converged.sum())
+        worst = max(worst, float(relaxed.certificate.residual.max()))
+    n = len(split)
+    return Accuracy(right / n, sweeps / n, converged / n, worst)
+
+
+class TeachTask:
+    """Equilibrium Propagation as a task of the training loop."""
+
+    def __init__(self, model: EPCNN, recipe: Recipe, validation: Split) -> None:
+        self.model, self.recipe, self.validation = model, recipe.teacher, validation
+        teacher = recipe.teacher
+        self.free = model.schedule.with_(
+            sweeps=teacher.teach_sweeps or teacher.sweeps,
+            tolerance=model.schedule.tolerance
+            if teacher.teach_tolerance is None
+            else teacher.teach_tolerance,
+        )
+        self.nudged = model.schedule.with_(
+            sweeps=teacher.nudged_sweeps, tolerance=teacher.nudged_tolerance
+        )
+        modules = [*model.layers, *([model.readout] if model.readout is not None else [])]
+        rates = teacher.learning_rates
+        if len(rates) == 1:
+            rates = rates * len(modules)
+        if len(rates) != len(modules):
+            from epdistill.errors import RecipeError
+
+            raise RecipeError(
+                f"{len(rates)} learning rates for {len(modules)} layers (the readout is the last); "
+                f"expected 1 or {len(modules)}"
+            )
+        groups = [
+            {"params": list(module.parameters()), "lr": rate, "base": rate}
+            for module, rate in zip(modules, rates, strict=True)
+        ]
+        self.optimiser = torch.optim.SGD(
+            groups, lr=rates[0], momentum=teacher.momentum, weight_decay=teacher.weight_decay
+        )
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+
+    def _set_rates(self, batch: Batch) -> None:
+        # Per epoch, as published; beyond `cosine_epochs` the rate stays at the floor.
+        length = self.recipe.cosine_epochs or batch.epochs
+        for group in self.optimiser.param_groups:
+            floor = self.recipe.min_learning_rate / group["base"]
+            share = batch.step / batch.total * batch.epochs / length
+            group["lr"] = group["base"] * cosine(share, min(floor, 1.0))
+
+    def _assign(self, gradients: Gradients) -> None:
+        for module, weight, bias in zip(
+            self.model.layers, gradients.weights, gradients.biases, strict=True
+        ):
+            module.weight.grad, module.bias.grad = weight, bias
+        if self.model.readout is not None:
+            self.model.readout.weight.grad = gradients.readout_weight
+            self.model.readout.bias.grad = gradients.readout_bias
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One EP update."""
+        self._set_rates(batch)
+        sign = 1 if float(torch.rand((), generator=batch.generator)) < 0.5 else -1
+        images = self.model.normalise(batch.images.to(self.model.mean.dtype))
+        result = ep_step(
+            self.model.network(),
+            images,
+            batch.labels,
+            beta=self.recipe.beta,
+            free=self.free,
+            nudged=self.nudged,
+            estimator=self.recipe.estimator,
+            sign=sign,
+            bounded=self.model.schedule.kind == "red-black",
+        )
+        self._assign(result.gradients)
+        self.optimiser.step()
+        certificate = result.free.certificate
+        loss = torch.nn.functional.cross_entropy(result.logits, batch.labels)
+        return {
+            "loss": float(loss),
+            "accuracy": float((result.logits.argmax(1) == batch.labels).double().mean()),
+            "sweeps": float(certificate.sweeps.double().mean()),
+            "converged": float(certificate.converged.double().mean()),
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Accuracy, sweeps and settling on the validation split."""
+        found = measure(self.model, self.validation)
+        return {
+            "accuracy": found.accuracy,
+            "sweeps": found.sweeps,
+            "converged": found.converged,
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and momentum."""
+        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        return {**weights, **optimiser_state(self.optimiser, self.names)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        weights = {
+            name.removeprefix("model."): value
+            for name, value in state.items()
+            if name.startswith("model.")
+        }
+        self.model.load_state_dict(weights)
+        restore_optimiser(self.optimiser, self.names, state)
