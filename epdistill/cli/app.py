@@ -1,0 +1,407 @@
+"""The commands: they parse flags, call one workflow, and show what came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from epdistill.cli.output import emit_json, show_table
+
+if TYPE_CHECKING:
+    from epdistill.workflows.context import Context
+
+app = typer.Typer(
+    name="epdistill",
+    help="Teach an EP-CNN, distill its fixed points into a feedforward student, export it to ONNX, "
+    "and measure all of it honestly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFlag = Annotated[
+    str | None, typer.Option("--recipe", help="Bundled recipe or TOML file.", show_default=False)
+]
+DataFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="digits, mnist, fashion-mnist, cifar10, cifar100, svhn or folder:PATH."
+    ),
+]
+RootFlag = Annotated[
+    Path | None, typer.Option("--data-root", help="Folder with downloaded data sets.")
+]
+DownloadFlag = Annotated[bool, typer.Option("--download", help="Fetch the data set if missing.")]
+SizeFlag = Annotated[
+    int | None, typer.Option("--image-size", help="Resize the images of a folder to this side.")
+]
+EpochsFlag = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data.")]
+SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
+DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+PrecisionFlag = Annotated[str | None, typer.Option("--precision", help="float32 or float64.")]
+OutFlag = Annotated[Path | None, typer.Option("--out", help="Where to write; numbered by itself.")]
+ResumeFlag = Annotated[
+    bool, typer.Option("--resume", help="Continue --out, or the newest unfinished run.")
+]
+RunsFlag = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+RUNS = Path("runs")
+
+
+def _context(runs: Path, root: Path | None, download: bool, device: str, quiet: bool) -> Context:
+    from epdistill.console import Reporter
+    from epdistill.workflows.context import Context
+
+    return Context(runs, root, download, device, Reporter(quiet=quiet))
+
+
+def _overrides(section: str, **values: Any) -> dict[str, Any]:
+    """Flags as recipe keys; the shared ones keep their place."""
+    places = {"epochs": f"{section}.epochs", "data": "data.name", "image_size": "data.image_size"}
+    return {places.get(name, name): value for name, value in values.items()}
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def _version(value: bool) -> None:
+    if value:
+        from epdistill import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeFlag = None,
+    data: DataFlag = None,
+    data_root: RootFlag = None,
+    download: DownloadFlag = False,
+    image_size: SizeFlag = None,
+    epochs: EpochsFlag = None,
+    seed: SeedFlag = None,
+    device: DeviceFlag = "auto",
+    precision: PrecisionFlag = None,
+    out: OutFlag = None,
+    runs: RunsFlag = RUNS,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """The whole path on a recipe (default: real handwritten digits, nothing to download)."""
+    from epdistill.cli.tables import path_table
+    from epdistill.recipes import load_recipe
+    from epdistill.workflows.path import run_path
+
+    overrides = _overrides(
+        "teacher", data=data, image_size=image_size, epochs=epochs, seed=seed, precision=precision
+    )
+    overrides["student.epochs"] = epochs
+    context = _context(runs, data_root, download, device, quiet)
+    finished = run_path(load_recipe(recipe or "digits", overrides), context, out=out)
+    if json:
+        emit_json(finished.summary)
+    else:
+        path_table(finished)
+
+
+@app.command()
+def teach(
+    recipe: RecipeFlag = None,
+    data: DataFlag = None,
+    data_root: RootFlag = None,
+    download: DownloadFlag = False,
+    image_size: SizeFlag = None,
+    epochs: EpochsFlag = None,
+    seed: SeedFlag = None,
+    device: DeviceFlag = "auto",
+    precision: PrecisionFlag = None,
+    out: OutFlag = None,
+    resume: ResumeFlag = False,
+    runs: RunsFlag = RUNS,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Train an EP-CNN teacher by Equilibrium Propagation."""
+    from epdistill.recipes import load_recipe
+    from epdistill.workflows.training import teach as work
+
+    overrides = _overrides(
+        "teacher", data=data, image_size=image_size, epochs=epochs, seed=seed, precision=precision
+    )
+    context = _context(runs, data_root, download, device, quiet)
+    trained = work(load_recipe(recipe or "digits", overrides), context, out=out, resume=resume)
+    if json:
+        emit_json({"run": str(trained.run.path), **trained.results})
+        return
+    results = trained.results
+    show_table(
+        str(trained.run.path),
+        ["teacher", "value"],
+        [
+            [f"test accuracy (n = {results['test_images']})", _percent(results["accuracy"])],
+            ["sweeps per image", f"{results['sweeps']:.1f}"],
+            ["images settled", _percent(results["converged"])],
+            ["largest residual", f"{results['residual']:.1e}"],
+            ["seconds", f"{results['seconds']:.0f}"],
+        ],
+        "epdistill distill --student resnet18",
+    )
+
+
+@app.command()
+def distill(
+    student: Annotated[
+        str | None, typer.Option("--student", help="resnet18 or cnn.", show_default=False)
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", help="The teacher's run; the newest without it.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", min=1, help="Channels of the first stage.")
+    ] = None,
+    inputs: Annotated[
+        str | None, typer.Option("--inputs", help="Where it is matched: clean, noise or mix.")
+    ] = None,
+    recipe: RecipeFlag = None,
+    data_root: RootFlag = None,
+    download: DownloadFlag = False,
+    epochs: EpochsFlag = None,
+    seed: SeedFlag = None,
+    device: DeviceFlag = "auto",
+    out: OutFlag = None,
+    resume: ResumeFlag = False,
+    runs: RunsFlag = RUNS,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Train a feedforward student on a teacher's fixed points."""
+    from epdistill.recipes import load_recipe
+    from epdistill.workflows.training import distill as work
+
+    overrides = {
+        "student.name": student,
+        "student.width": width,
+        "student.inputs": inputs,
+        "student.epochs": epochs,
+        "seed": seed,
+    }
+    context = _context(runs, data_root, download, device, quiet)
+    chosen = load_recipe(recipe, overrides) if recipe else None
+    trained = work(
+        chosen, context, teacher=teacher, out=out, resume=resume, overrides=overrides
+    )
+    if json:
+        emit_json({"run": str(trained.run.path), **trained.results})
+        return
+    results = trained.results
+    show_table(
+        str(trained.run.path),
+        ["student", "value"],
+        [
+            [f"test accuracy (n = {results['test_images']})", _percent(results["accuracy"])],
+            ["teacher's test accuracy", _percent(results["teacher_accuracy"])],
+            ["same label as the teacher", _percent(results["agreement"])],
+            ["R² of the fixed points", " ".join(f"{value:.3f}" for value in results["r2"])],
+            ["seconds", f"{results['seconds']:.0f}"],
+        ],
+        "epdistill export",
+    )
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Runs and .onnx files; the newest without any.", show_default=False),
+    ] = None,
+    suite: Annotated[str, typer.Option("--suite", help="Which suite: quick.")] = "quick",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Test images.")] = None,
+    data_root: RootFlag = None,
+    download: DownloadFlag = False,
+    seed: SeedFlag = None,
+    device: DeviceFlag = "auto",
+    out: OutFlag = None,
+    runs: RunsFlag = RUNS,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Attack and corrupt models side by side; the worst case per image counts."""
+    from epdistill.cli.tables import evaluation_table
+    from epdistill.robustness.suites import find_suite
+    from epdistill.workflows.evaluation import evaluate as work
+
+    find_suite(suite)
+    context = _context(runs, data_root, download, device, quiet)
+    done = work(models or [], context, limit=limit, seed=seed, out=out)
+    if json:
+        emit_json({"results": str(done.folder / "results.json"), "models": done.results["models"]})
+    else:
+        evaluation_table(done)
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path | None, typer.Argument(help="A student's run; the newest without it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The .onnx file; model.onnx in the run without it.")
+    ] = None,
+    data_root: RootFlag = None,
+    download: DownloadFlag = False,
+    runs: RunsFlag = RUNS,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Export a student to ONNX; a file that fails the parity gate is not written."""
+    from epdistill.workflows.deployment import export as work
+
+    source, result = work(_context(runs, data_root, download, "cpu", quiet), run=run, out=out)
+    if json:
+        emit_json(
+            {
+                "run": str(source.path),
+                "onnx": str(result.path),
+                "manifest": str(result.manifest),
+                "sha256": result.sha256,
+                "size_bytes": result.size_bytes,
+                "parity": result.parity.to_json(),
+            }
+        )
+        return
+    show_table(
+        str(result.path),
+        ["export", "value"],
+        [
+            ["size", f"{result.size_bytes / 2**20:.2f} MiB"],
+            ["largest difference of a logit", f"{result.parity.max_abs_error:.1e}"],
+            ["allowed", f"{result.parity.tolerance:.1e}"],
+            ["same label", _percent(result.parity.agreement)],
+            ["images compared", str(result.parity.n)],
+            ["sha256", f"{result.sha256[:16]}…"],
+        ],
+        f"epdistill predict {result.path} IMAGE",
+    )
+
+
+@app.command()
+def predict(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="[MODEL.onnx] IMAGE...", help="Image files.")
+    ],
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes per image.")] = 3,
+    runs: RunsFlag = RUNS,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Labels and probabilities for image files."""
+    from epdistill.errors import DataError
+    from epdistill.workflows.deployment import predict as work
+
+    model = files[0] if files[0].suffix == ".onnx" else None
+    images = files[1:] if model else files
+    if not images:
+        raise DataError(f"received {model} and no image; expected image files after the model")
+    used, found = work(_context(runs, None, False, "cpu", quiet), images, model=model, top=top)
+    if json:
+        rows = [
+            {
+                "image": str(item.path),
+                "label": item.label,
+                "probability": item.probability,
+                "top": [{"label": label, "probability": share} for label, share in item.top],
+            }
+            for item in found
+        ]
+        emit_json({"model": str(used), "predictions": rows})
+        return
+    show_table(
+        str(used),
+        ["image", "label", "probability", "runners-up"],
+        [
+            [
+                str(item.path),
+                item.label,
+                _percent(item.probability),
+                ", ".join(f"{label} {_percent(share)}" for label, share in item.top[1:]),
+            ]
+            for item in found
+        ],
+        None,
+    )
+
+
+@app.command()
+def bench(
+    run: Annotated[
+        Path | None, typer.Argument(help="A student's run; the newest without it.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Time untrained networks of this recipe instead of a run."),
+    ] = None,
+    student: Annotated[str | None, typer.Option("--student", help="With --recipe.")] = None,
+    data_root: RootFlag = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=3, help="Most rounds.")] = 20,
+    out: OutFlag = None,
+    runs: RunsFlag = RUNS,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Time teacher and student per image, interleaved, in one run on this machine."""
+    from epdistill.cli.tables import bench_table
+    from epdistill.recipes import load_recipe
+    from epdistill.workflows.deployment import bench as work
+
+    chosen = load_recipe(recipe, {"student.name": student}) if recipe else None
+    context = _context(runs, data_root, False, "cpu", quiet)
+    done = work(context, run=run, recipe=chosen, out=out, rounds=rounds)
+    if json:
+        emit_json({"bench": str(done.folder / "bench.json"), **done.content})
+    else:
+        bench_table(done)
+
+
+@app.command()
+def report(
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Runs; the newest teacher and student without any.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML file.")] = None,
+    runs: RunsFlag = RUNS,
+    json: JsonFlag = False,
+) -> None:
+    """One self-contained HTML page about runs."""
+    from epdistill.errors import RunError
+    from epdistill.runs import newest_run, open_run
+    from epdistill.workflows.context import require_finished
+    from epdistill.workflows.report import report as work
+
+    if models:
+        chosen = [require_finished(open_run(path)) for path in models]
+    else:
+        chosen = [newest_run(runs, "teacher")]
+        try:
+            chosen.append(newest_run(runs, "student"))
+        except RunError:
+            pass
+    page = work(chosen, out or runs / "report.html")
+    if json:
+        emit_json({"report": str(page)})
+    else:
+        show_table(str(page), ["report", "value"], [["runs", str(len(chosen))]], None)

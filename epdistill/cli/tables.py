@@ -1,0 +1,120 @@
+"""The closing tables of the longer commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from epdistill.cli.output import show_table
+
+if TYPE_CHECKING:
+    from epdistill.workflows.deployment import Benched
+    from epdistill.workflows.evaluation import Evaluated
+    from epdistill.workflows.path import Finished
+
+
+def _share(row: dict[str, Any]) -> str:
+    low, high = row["ci95"]
+    return f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _at(model: dict[str, Any], norm: str, eps: float) -> str:
+    for row in model["worst_case"]:
+        if (row["norm"], row["eps"]) == (norm, eps):
+            return _share(row)
+    return "-"
+
+
+def _threats(models: list[dict[str, Any]]) -> list[list[str]]:
+    """Clean, worst case per norm and radius, corruptions: one column per model."""
+    rows = [["clean", *(_share(model["clean"]) for model in models)]]
+    seen = {(row["norm"], row["eps"]) for model in models for row in model["worst_case"]}
+    for norm, eps in sorted(seen, key=lambda pair: (pair[0] != "linf", pair[1])):
+        shown = f"{255 * eps:.3g}/255" if norm == "linf" else f"{eps:.3g}"
+        label = {"linf": "Linf", "l2": "L2"}[norm]
+        rows.append([f"{label} {shown}, worst case", *(_at(m, norm, eps) for m in models)])
+    means = [model["corruption_mean"] for model in models]
+    if all(means):
+        rows.append(["corrupted, mean", *(f"{100 * mean['accuracy']:.1f}" for mean in means)])
+    return rows
+
+
+def evaluation_table(done: Evaluated) -> None:
+    """Accuracy in percent under every threat, with Wilson's 95 % interval."""
+    models = done.results["models"]
+    show_table(
+        f"{done.folder}: accuracy in %, n = {done.results['n']} (95 % interval)",
+        ["threat", *(f"{model['name']}" for model in models)],
+        _threats(models),
+        "epdistill export" if models[-1]["kind"] == "student" else "epdistill bench",
+    )
+
+
+def _speed(content: dict[str, Any]) -> list[list[str]]:
+    ratios = {(r["name"], r["batch_size"]): r for r in content["ratios"]}
+    rows = []
+    for row in content["rows"]:
+        ratio = ratios[(row["name"], row["batch_size"])]
+        rows.append(
+            [
+                row["name"],
+                str(row["batch_size"]),
+                f"{1e3 * row['seconds_per_image']:.3f}",
+                f"{ratio['speedup']:.1f}x ({ratio['low']:.1f}-{ratio['high']:.1f})",
+            ]
+        )
+    return rows
+
+
+def bench_table(done: Benched) -> None:
+    """Milliseconds per image and ratios to the published teacher."""
+    hardware = done.content["hardware"]
+    show_table(
+        f"{done.folder}: {done.content['models']}; {hardware['cpu']}, "
+        f"{hardware['torch_threads']} threads",
+        ["what", "batch", "ms per image", "speed (quartiles)"],
+        _speed(done.content),
+        None,
+    )
+
+
+def path_table(finished: Finished) -> None:
+    """What the whole path found, and what to type next."""
+    models = finished.evaluated.results["models"]
+    summary = finished.summary
+    teacher, student = finished.teacher.results, finished.student.results
+    content = finished.benched.content
+    times = {(row["name"], row["batch_size"]): row for row in content["rows"]}
+
+    def ms(name: str) -> str:
+        return f"{1e3 * times[(name, 1)]['seconds_per_image']:.2f}"
+
+    from epdistill.workflows.deployment import ONNX, PUBLISHED, SETTLED
+
+    n = finished.evaluated.results["n"]
+    rows = [
+        [
+            f"test accuracy, n = {teacher['test_images']}",
+            f"{100 * teacher['accuracy']:.1f}",
+            f"{100 * student['accuracy']:.1f}",
+            "",
+        ],
+        ["same label as the teacher", "", f"{100 * student['agreement']:.1f}", ""],
+        *([f"{row[0]} (n = {n})" if i == 0 else row[0], *row[1:]]
+          for i, row in enumerate(_threats(models))),
+        ["ms per image, batch 1", ms(SETTLED), "", ms(ONNX)],
+        ["as published, 250 sweeps", ms(PUBLISHED), "", ""],
+        [
+            "times the published speed",
+            f"{summary['speedup']['settled_over_published']:.1f}",
+            "",
+            f"{summary['speedup']['student_over_published']:.1f}",
+        ],
+        ["largest parity error of a logit", "", "", f"{summary['parity']['max_abs_error']:.1e}"],
+    ]  # fmt: skip
+    recipe = finished.student.run.config["recipe"]
+    show_table(
+        f"recipe {summary['recipe']}, seed {summary['seed']}: accuracy in % (95 % interval)",
+        ["", "EP-CNN teacher", f"{recipe['student']['name']} student", "exported ONNX"],
+        rows,
+        f"epdistill predict {summary['paths']['onnx']} IMAGE    (report: {summary['paths']['report']})",
+    )

@@ -1,0 +1,1 @@
+"""Feedforward students: architectures, fixed-point matching, distillation."""
