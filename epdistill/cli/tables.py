@@ -31,7 +31,7 @@ def _threats(models: list[dict[str, Any]]) -> list[list[str]]:
     for norm, eps in sorted(seen, key=lambda pair: (pair[0] != "linf", pair[1])):
         shown = f"{255 * eps:.3g}/255" if norm == "linf" else f"{eps:.3g}"
         label = {"linf": "Linf", "l2": "L2"}[norm]
-        rows.append([f"{label} {shown}, worst case", *(_at(m, norm, eps) for m in models)])
+        rows.append([f"worst, {label} {shown}", *(_at(m, norm, eps) for m in models)])
     means = [model["corruption_mean"] for model in models]
     if all(means):
         rows.append(["corrupted, mean", *(f"{100 * mean['accuracy']:.1f}" for mean in means)])
@@ -49,30 +49,16 @@ def evaluation_table(done: Evaluated) -> None:
     )
 
 
-def _speed(content: dict[str, Any]) -> list[list[str]]:
-    ratios = {(r["name"], r["batch_size"]): r for r in content["ratios"]}
-    rows = []
-    for row in content["rows"]:
-        ratio = ratios[(row["name"], row["batch_size"])]
-        rows.append(
-            [
-                row["name"],
-                str(row["batch_size"]),
-                f"{1e3 * row['seconds_per_image']:.3f}",
-                f"{ratio['speedup']:.1f}x ({ratio['low']:.1f}-{ratio['high']:.1f})",
-            ]
-        )
-    return rows
-
-
 def bench_table(done: Benched) -> None:
     """Milliseconds per image and ratios to the published teacher."""
+    from epdistill.workflows.deployment import speed_rows
+
     hardware = done.content["hardware"]
     show_table(
         f"{done.folder}: {done.content['models']}; {hardware['cpu']}, "
         f"{hardware['torch_threads']} threads",
-        ["what", "batch", "ms per image", "speed (quartiles)"],
-        _speed(done.content),
+        ["what", "batch", "ms per image", "times the published teacher"],
+        speed_rows(done.content),
         None,
     )
 

@@ -3,6 +3,7 @@
 Square's random search is the library's own; the two PGDs are its classes with
 the loop replaced. What the library does wrong, and what is done here instead:
 
+- PGDL2 leaves small balls by float32 rounding: here it stays that far inside.
 - PGD returns the last iterate: the best one is kept per image (wrong beats
   right, then the larger loss).
 - PGDL2 averages the loss over the batch and adds 1e-10 to the gradient's norm,
@@ -25,6 +26,7 @@ the loop replaced. What the library does wrong, and what is done here instead:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,6 +36,9 @@ from torch import Tensor, nn
 from epdistill.errors import EvaluationError
 from epdistill.robustness.guards import check_logits, derive_seed
 from epdistill.robustness.subjects import Predict
+
+# Small enough to change no length, large enough to divide by.
+TINY = 1e-30
 
 
 def margin_of_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -162,7 +167,11 @@ class BestPGDL2(_KeepBest, torchattacks.PGDL2):  # type: ignore[misc]
         """Images inside the ball and [0,1], (N,C,H,W)."""
         delta = moved - images
         length = delta.flatten(1).norm(dim=1)[:, None, None, None]
-        inside = delta * (self.eps / length.clamp_min(self.eps))
+        # Adding to pixels near 1 rounds each of them by up to a quarter of the type's
+        # epsilon, which matters in small balls: keep that much away from the sphere.
+        rounding = torch.finfo(images.dtype).eps / 4 * math.sqrt(images[0].numel())
+        radius = max(0.0, self.eps - rounding)
+        inside = delta * (radius / length.clamp_min(max(radius, TINY)))
         # Clamping afterwards only brings the image closer to the original.
         projected: Tensor = (images + inside).clamp(0, 1)
         return projected

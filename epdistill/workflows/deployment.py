@@ -203,6 +203,19 @@ def bench(
     return Benched(folder, content)
 
 
+def speed_rows(content: dict[str, Any]) -> list[list[str]]:
+    """bench.json as text: what, batch, ms per image, times the published teacher (quartiles)."""
+    ratios = {(ratio["name"], ratio["batch_size"]): ratio for ratio in content["ratios"]}
+    rows = []
+    for row in content["rows"]:
+        ratio = ratios.get((row["name"], row["batch_size"]))
+        shown = f"{ratio['speedup']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})" if ratio else "1"
+        rows.append(
+            [row["name"], str(row["batch_size"]), f"{1e3 * row['seconds_per_image']:.3f}", shown]
+        )
+    return rows
+
+
 def _fresh(recipe: Recipe, context: Context) -> tuple[EPCNN, torch.nn.Module, Any, str]:
     """Untrained networks of a recipe, for timing alone; no data set is needed."""
     import tempfile

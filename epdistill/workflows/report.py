@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from epdistill.runs import Run, atomic_write, read_metrics
-from epdistill.workflows.deployment import Benched
+from epdistill.workflows.deployment import Benched, speed_rows
 from epdistill.workflows.evaluation import Evaluated
 
 _STYLE = """
@@ -110,22 +110,12 @@ def _robustness(evaluated: Evaluated) -> str:
 
 def _speed(benched: Benched) -> str:
     content = benched.content
-    ratios = {(r["name"], r["batch_size"]): r for r in content["ratios"]}
-    rows = []
-    for row in content["rows"]:
-        ratio = ratios[(row["name"], row["batch_size"])]
-        rows.append(
-            [
-                row["name"],
-                str(row["batch_size"]),
-                f"{1e3 * row['seconds_per_image']:.3f}",
-                f"{ratio['speedup']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})",
-            ]
-        )
     hardware = content["hardware"]
     return (
         "<h2>Speed</h2>"
-        + table(["what", "batch", "ms per image", "times the published teacher"], rows)
+        + table(
+            ["what", "batch", "ms per image", "times the published teacher"], speed_rows(content)
+        )
         + f"<p>{escape(str(hardware['cpu']))}, {hardware['torch_threads']} threads, "
         f"torch {escape(hardware['torch'])}, onnxruntime {escape(hardware['onnxruntime'])}; "
         "medians of interleaved rounds, quartile spread in brackets.</p>"
