@@ -46,7 +46,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """One line of news."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:

@@ -27,7 +27,9 @@ def load_teacher(run: Run) -> EPCNN:
     weights = load_weights(run)
     try:
         model = run.config["model"]
-        teacher = EPCNN(Architecture.from_dict(model["architecture"]), Schedule(**model["schedule"]))
+        teacher = EPCNN(
+            Architecture.from_dict(model["architecture"]), Schedule(**model["schedule"])
+        )
         teacher.to(next(iter(weights.values())).dtype)
         teacher.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError, StopIteration) as error:

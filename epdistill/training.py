@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +64,7 @@ class Task(Protocol):
     """Something that learns; `fit` drives it."""
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Learn from one batch and return what to average over the epoch; `loss` and `accuracy` at least."""
+        """Learn from one batch; return what to average over the epoch, `loss` and `accuracy` too."""
 
     def validate(self) -> dict[str, float]:
         """Measure on the validation split after an epoch; `accuracy` at least."""
@@ -88,8 +89,6 @@ def generator_of(*parts: int) -> torch.Generator:
 
 def cosine(done: float, floor: float = 0.0) -> float:
     """The cosine schedule's factor after a share `done` (0 to 1) of its length."""
-    from math import cos, pi
-
     return floor + (1 - floor) * 0.5 * (1 + cos(pi * min(max(done, 0.0), 1.0)))
 
 
@@ -186,10 +185,11 @@ def fit(
                 labels = split.labels[pick].to(device)
                 batch = Batch(to_float(images), labels, step, total, epoch, epochs, generator)
                 values = task.step(batch)
-                if not all(value == value and abs(value) != float("inf") for value in values.values()):
+                if not all(isfinite(value) for value in values.values()):
                     raise DivergedError(
-                        f"training diverged at step {step + 1} ({_show(values)}); the last checkpoint is "
-                        f"kept in {folder}: lower the learning rates or beta and train again"
+                        f"training diverged at step {step + 1} ({_show(values)}); the last "
+                        f"checkpoint is kept in {folder}: lower the learning rates or beta and "
+                        "train again"
                     )
                 step += 1
                 for name, value in values.items():
@@ -205,12 +205,14 @@ def fit(
             sums = {}
             save_checkpoint(folder, task, {"step": step, "sums": sums, "row": row})
             saved = time.monotonic()
-            reporter.line(f"[dim]{title}: epoch {epoch + 1}/{epochs}  {_show({**train, **validation})}")
+            news = {**train, "validation": row["validation.accuracy"]}
+            reporter.line(f"[dim]{title}: epoch {epoch + 1}/{epochs}  {_show(news)}")
     return row
 
 
 def _show(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    short = {name.removeprefix("train."): value for name, value in values.items()}
+    return "  ".join(f"{name} {value:.4g}" for name, value in short.items())
 
 
 def optimiser_state(optimiser: torch.optim.SGD, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

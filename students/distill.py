@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,10 +93,15 @@ class DistillTask:
     def __init__(self, student: Student, teacher: EPCNN, recipe: Recipe, validation: Split) -> None:
         self.student, self.teacher, self.validation = student, teacher, validation
         self.recipe = recipe.student
-        decayed = [p for p in student.parameters() if p.ndim > 1]
-        plain = [p for p in student.parameters() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [p for p in student.parameters() if p.ndim > 1],
+                "weight_decay": self.recipe.weight_decay,
+            },
+            {"params": [p for p in student.parameters() if p.ndim <= 1]},
+        ]
         self.optimiser = torch.optim.SGD(
-            [{"params": decayed, "weight_decay": self.recipe.weight_decay}, {"params": plain}],
+            groups,
             lr=self.recipe.learning_rate,
             momentum=self.recipe.momentum,
             nesterov=self.recipe.momentum > 0,
@@ -118,9 +124,7 @@ class DistillTask:
         self.student.train()
         images = place(batch.images, self.recipe.inputs, self.recipe.noise_std, batch.generator)
         relaxed = self.teacher.relax(images)
-        below = (
-            relaxed.states[-2] if len(relaxed.states) > 1 else self.teacher.normalise(images)
-        )
+        below = relaxed.states[-2] if len(relaxed.states) > 1 else self.teacher.normalise(images)
         teacher_logits = self.teacher.network().logits(relaxed.states[-1], below)
         settled = relaxed.certificate.converged
         if self.teacher.schedule.tolerance == 0:

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epdistill.training import generator_of
-
 VARIANCE_FLOOR = 1e-6
 
 
@@ -80,17 +78,16 @@ def place(images: Tensor, inputs: str, std: float, generator: torch.Generator) -
         images: (N, C, H, W) in [0,1].
         inputs: `clean`; `noise`: Gaussian noise on every image; `mix`: on every second one.
         std: Largest standard deviation; each image draws its own, uniform in [0, std].
-        generator: Of this step.
+        generator: A CPU generator of this step.
 
     Returns:
         Images of the same shape, clipped to [0,1]; both teacher and student see them.
     """
     if inputs == "clean" or std == 0:
         return images
-    draw = generator if generator.device == images.device else generator_of(generator.initial_seed())
     count = images.shape[0]
-    scale = torch.rand(count, 1, 1, 1, generator=draw) * std
+    scale = torch.rand(count, 1, 1, 1, generator=generator) * std
     if inputs == "mix":
         scale[::2] = 0
-    noise = torch.randn(images.shape, generator=draw)
+    noise = torch.randn(images.shape, generator=generator)
     return (images + (scale * noise).to(images)).clamp(0, 1)

@@ -88,9 +88,9 @@ class Student(nn.Module):
         self.backbone = build(
             spec.name, Request(teacher.in_channels, teacher.image_size, spec.width, teacher)
         )
-        self.targets = [tuple(shape) for shape in teacher.shapes]
+        self.targets = teacher.shapes
         stages = self._stage_shapes()
-        self.pairs = pair_stages(stages, self.targets)  # type: ignore[arg-type]
+        self.pairs = pair_stages(stages, self.targets)
         self.adaptors = nn.ModuleList()
         for index, target in zip(self.pairs[:-1], self.targets[:-1], strict=True):
             same = stages[index] == target
@@ -136,8 +136,9 @@ class Student(nn.Module):
             self.pairs[:-1], self.adaptors, self.targets[:-1], strict=True
         ):
             feature = adaptor(maps[index])
-            if feature.shape[2:] != target[1:]:
-                feature = F.adaptive_avg_pool2d(feature, target[1:])
+            _, height, width = target
+            if feature.shape[2:] != (height, width):
+                feature = F.adaptive_avg_pool2d(feature, (height, width))
             landed.append(feature)
         top = self.head(maps[-1].flatten(1))
         landed.append(top.view(-1, *self.targets[-1]))
@@ -192,5 +193,7 @@ def student_from(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> St
     try:
         student.load_state_dict(dict(weights))
     except RuntimeError as error:
-        raise RunError(f"the weights do not fit config.json: {str(error).splitlines()[0]}") from error
+        raise RunError(
+            f"the weights do not fit config.json: {str(error).splitlines()[0]}"
+        ) from error
     return student.eval()

@@ -122,9 +122,9 @@ class Architecture:
         return Architecture(**content)
 
 
-def layers_for(image_size: int, *, width: int = 32, channels: Sequence[int] | None = None) -> tuple[
-    LayerSpec, ...
-]:
+def layers_for(
+    image_size: int, *, width: int = 32, channels: Sequence[int] | None = None
+) -> tuple[LayerSpec, ...]:
     """The documented rule from image size to layers.
 
     Every layer is a 3x3 convolution with padding 1 and a 2x2 max-pool, until
@@ -146,7 +146,8 @@ def layers_for(image_size: int, *, width: int = 32, channels: Sequence[int] | No
             f"image size {image_size}; expected {SMALLEST_IMAGE} to {LARGEST_IMAGE} pixels: "
             "resize with --image-size"
         )
-    size, strides = image_size, []
+    size = image_size
+    strides: list[int] = []
     while size > 4:
         strides.append(2 if image_size >= 64 and not strides else 1)
         size = LayerSpec(1, stride=strides[-1]).out_size(size)
@@ -158,7 +159,9 @@ def layers_for(image_size: int, *, width: int = 32, channels: Sequence[int] | No
             f"{len(channels)} channel counts {list(channels)} for {image_size}x{image_size} "
             f"images; expected {depth}"
         )
-    body = [LayerSpec(count, stride=stride) for count, stride in zip(channels, strides, strict=False)]
+    body = [
+        LayerSpec(count, stride=stride) for count, stride in zip(channels, strides, strict=False)
+    ]
     # 4 pixels leave a 2x2 map to pool; 3 pixels already leave a single one.
     last = LayerSpec(channels[-1], padding=0, pool="max" if size == 4 else "none")
     return (*body, last)

@@ -68,9 +68,7 @@ class Network:
     def drive(self, n: int, below: Tensor) -> Tensor:
         """u_n = W_n * s_{n-1} + b_n, before the pool; `below` is s_{n-1} (N, C, H, W)."""
         layer = self.architecture.layers[n - 1]
-        return F.conv2d(
-            below, self.weights[n - 1], self.biases[n - 1], layer.stride, layer.padding
-        )
+        return F.conv2d(below, self.weights[n - 1], self.biases[n - 1], layer.stride, layer.padding)
 
     def pool(self, n: int, u: Tensor) -> Pooled:
         """P(u_n) with its argmax."""
@@ -97,7 +95,7 @@ class Network:
         kind = self.architecture.layers[n - 1].pool
         if kind == "max":
             assert pooled.index is not None
-            return F.max_unpool2d(value, pooled.index, 2, output_size=pooled.size)
+            return F.max_unpool2d(value, pooled.index, (2, 2), output_size=pooled.size)
         if kind == "average":
             up = value.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) / 4
             height, width = pooled.size

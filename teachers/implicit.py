@@ -25,7 +25,7 @@ ITERATIONS = 200
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
-    """Relative residual that an attack gradient needs: 1e-4, and 1e-10 where float64 asks for it."""
+    """Relative residual an attack gradient needs: 1e-4, and 1e-10 where float64 asks for it."""
     return 1e-10 if dtype == torch.float64 else 1e-4
 
 

@@ -81,9 +81,7 @@ def phi_difference(
             pairs = [(images, top)]
             difference = top
         else:
-            up_high = network.unpool(
-                n, high[n - 1], network.pool(n, network.drive(n, below_high))
-            )
+            up_high = network.unpool(n, high[n - 1], network.pool(n, network.drive(n, below_high)))
             up_low = network.unpool(n, low[n - 1], network.pool(n, network.drive(n, below_low)))
             difference = up_high - up_low
             pairs = [
@@ -91,7 +89,10 @@ def phi_difference(
                 ((below_high + below_low).mul_(0.5), difference),
             ]
         shape = network.weights[n - 1].shape
-        parts = [conv2d_weight(a, shape, b, layer.stride, layer.padding) for a, b in pairs]  # type: ignore[arg-type]
+        parts = [
+            conv2d_weight(a, shape, b, layer.stride, layer.padding)  # type: ignore[no-untyped-call]
+            for a, b in pairs
+        ]
         weights.append(parts[0] if len(parts) == 1 else parts[0] + parts[1])
         biases.append(difference.sum((0, 2, 3)))
         below_high, below_low = high[n - 1], low[n - 1]
@@ -104,8 +105,9 @@ def _readout_gradients(
     """The loss gradient of the readout, averaged over phases and batch."""
     if network.readout_weight is None:
         return None, None
-    weight, bias = torch.zeros_like(network.readout_weight), torch.zeros(
-        network.readout_weight.shape[0], dtype=target.dtype, device=target.device
+    weight, bias = (
+        torch.zeros_like(network.readout_weight),
+        torch.zeros(network.readout_weight.shape[0], dtype=target.dtype, device=target.device),
     )
     scale = 1 / (len(phases) * target.shape[0])
     for states in phases:

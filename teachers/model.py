@@ -56,7 +56,7 @@ class _Equilibrium(torch.autograd.Function):
         return states[-1].clone(), below.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (images,) = ctx.saved_tensors
         network = ctx.model.network()
         gradient = [torch.zeros_like(s) for s in ctx.states]
@@ -87,7 +87,11 @@ class EPCNN(nn.Module):
     std: Tensor
 
     def __init__(
-        self, architecture: Architecture, schedule: Schedule | None = None, *, init_scale: float = 1.0
+        self,
+        architecture: Architecture,
+        schedule: Schedule | None = None,
+        *,
+        init_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.architecture = architecture
@@ -120,11 +124,11 @@ class EPCNN(nn.Module):
 
     def network(self) -> Network:
         """The present parameters as the dynamics read them (detached)."""
-        weights = [m.weight.detach() for m in self.layers]  # type: ignore[union-attr,operator]
+        weights = [m.weight.detach() for m in self.layers]  # type: ignore[operator]
         return Network(
             self.architecture,
             tuple(w.contiguous(memory_format=torch.channels_last) for w in weights),
-            tuple(m.bias.detach() for m in self.layers),  # type: ignore[union-attr,operator,misc]
+            tuple(m.bias.detach() for m in self.layers),  # type: ignore[operator]
             None if self.readout is None else self.readout.weight.detach(),
             None if self.readout is None else self.readout.bias.detach(),
         )

@@ -324,7 +324,9 @@ def residuals(
         return batch.residual(batch.forces())
 
 
-def unrolled(network: Network, images: Tensor, schedule: Schedule, *, start: States | None = None) -> States:
+def unrolled(
+    network: Network, images: Tensor, schedule: Schedule, *, start: States | None = None
+) -> States:
     """`schedule.sweeps` sweeps of the free phase that autograd can differentiate.
 
     The same updates as `relax` without retirement; memory grows with the sweeps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,9 +203,7 @@ def distill(
     }
     context = _context(runs, data_root, download, device, quiet)
     chosen = load_recipe(recipe, overrides) if recipe else None
-    trained = work(
-        chosen, context, teacher=teacher, out=out, resume=resume, overrides=overrides
-    )
+    trained = work(chosen, context, teacher=teacher, out=out, resume=resume, overrides=overrides)
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
         return
@@ -396,10 +395,8 @@ def report(
         chosen = [require_finished(open_run(path)) for path in models]
     else:
         chosen = [newest_run(runs, "teacher")]
-        try:
+        with suppress(RunError):  # a teacher alone is worth a page too
             chosen.append(newest_run(runs, "student"))
-        except RunError:
-            pass
     page = work(chosen, out or runs / "report.html")
     if json:
         emit_json({"report": str(page)})

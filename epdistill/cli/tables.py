@@ -97,10 +97,10 @@ def path_table(finished: Finished) -> None:
         ],
         ["largest parity error of a logit", "", "", f"{summary['parity']['max_abs_error']:.1e}"],
     ]  # fmt: skip
-    recipe = finished.student.run.config["recipe"]
+    recipe, paths = finished.student.run.config["recipe"], summary["paths"]
     show_table(
         f"recipe {summary['recipe']}, seed {summary['seed']}: accuracy in % (95 % interval)",
         ["", "EP-CNN teacher", f"{recipe['student']['name']} student", "exported ONNX"],
         rows,
-        f"epdistill predict {summary['paths']['onnx']} IMAGE    (report: {summary['paths']['report']})",
+        f"epdistill predict {paths['onnx']} IMAGE    (report: {paths['report']})",
     )

@@ -13,7 +13,9 @@ def card(run: Run) -> str:
     lines = [f"# {run.name}", ""]
     if run.kind == "teacher":
         schedule = config["model"]["schedule"]
-        channels = "-".join(str(layer["channels"]) for layer in config["model"]["architecture"]["layers"])
+        channels = "-".join(
+            str(layer["channels"]) for layer in config["model"]["architecture"]["layers"]
+        )
         lines += [
             f"EP-CNN teacher ({channels}), trained by Equilibrium Propagation on {data['name']}.",
             "",

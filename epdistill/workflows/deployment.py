@@ -151,9 +151,8 @@ def bench(
         rounds: Most rounds of measurement.
         max_seconds: Time spent per contender and batch size, roughly.
     """
-    from epdistill.export.bench import Contender
+    from epdistill.export.bench import Contender, to_json, torch_contender
     from epdistill.export.bench import bench as run_bench
-    from epdistill.export.bench import to_json, torch_contender
     from epdistill.export.runtime import OnnxClassifier
 
     if recipe is not None:
@@ -223,9 +222,8 @@ def _fresh(recipe: Recipe, context: Context) -> tuple[EPCNN, torch.nn.Module, An
     from epdistill.export.onnx_export import export_onnx
     from epdistill.export.runtime import OnnxClassifier
     from epdistill.students.distill import build_student
-    from epdistill.workflows.shapes import stand_in
-
     from epdistill.teachers.teach import build_teacher
+    from epdistill.workflows.shapes import stand_in
 
     data = stand_in(recipe)
     teacher = build_teacher(recipe, data).eval()

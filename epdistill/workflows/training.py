@@ -170,7 +170,7 @@ def inherit(source: Run, overrides: dict[str, Any]) -> Recipe:
     Raises:
         RecipeError: A key is unknown or a value out of range.
     """
-    content = {key: value for key, value in source.config["recipe"].items()}
+    content = dict(source.config["recipe"])
     for dotted, value in overrides.items():
         if value is None:
             continue
