@@ -64,7 +64,7 @@ class Task(Protocol):
     """Something that learns; `fit` drives it."""
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Learn from one batch; return what to average over the epoch, `loss` and `accuracy` too."""
+        """Learn from one batch; return what to average over the epoch: loss, accuracy, ..."""
 
     def validate(self) -> dict[str, float]:
         """Measure on the validation split after an epoch; `accuracy` at least."""
