@@ -1,5 +1,6 @@
 # make demo   a virtual environment, the install, and the whole path on real digits
 # make test   the tests (within 10 minutes on 2 cores)
+# make test-slow  what CI runs besides
 # make check  ruff and mypy
 # PIP_FLAGS go to pip install, for example to take a CPU-only build of torch (see README).
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LINKS := epdistill/teachers epdistill/students epdistill/export
 
-.PHONY: demo test test-all check format links install wheel-test clean
+.PHONY: demo test test-slow check format links install clean
 .DEFAULT_GOAL := demo
 
 # Editors and type checkers do not run import hooks: these links show them where
@@ -32,9 +33,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -P -m pytest -m "not slow"
 
-# Everything, also what takes long; CI runs this.
-test-all: $(STAMP)
-	$(BIN)/python -P -m pytest
+# What takes longer: the built wheel, every command end to end, killed runs.
+test-slow: $(STAMP)
+	$(BIN)/python -P -m pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

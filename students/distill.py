@@ -142,6 +142,7 @@ class DistillTask:
         )
         self.optimiser.zero_grad(set_to_none=True)
         loss.total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.gradient_clip)
         self.optimiser.step()
         return {
             "loss": float(loss.total.detach()),

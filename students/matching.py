@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-VARIANCE_FLOOR = 1e-6
+# A layer that hardly varies (std under 0.01 of its range [0,1]) must not drown the others.
+VARIANCE_FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def matching_loss(
     """Variance-normalised distance to the fixed points plus KL on the answers.
 
     Dividing each layer's squared error by the variance of its fixed points over
-    the batch makes layers comparable: 1 is what a constant guess of the mean gets.
+    the batch makes layers comparable: 1 is what a constant guess of the mean gets. The variance counts as at
+    least `VARIANCE_FLOOR`.
 
     Args:
         landed: The student's map per layer, (N, C, h, w).

@@ -104,6 +104,7 @@ class StudentRecipe(_Section):
         learning_rate: Peak, reached after `warmup` of all steps.
         momentum: Of stochastic gradient descent (Nesterov).
         weight_decay: On convolution and linear weights.
+        gradient_clip: Largest norm of the whole gradient; longer ones are scaled down.
         warmup: Share of all steps spent on the linear warm-up.
         batch_size: Images per step.
         epochs: Passes over the training set.
@@ -118,6 +119,7 @@ class StudentRecipe(_Section):
     learning_rate: PositiveFloat = 0.1
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     weight_decay: float = Field(default=5e-4, ge=0.0)
+    gradient_clip: PositiveFloat = 5.0
     warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
     batch_size: PositiveInt = 128
     epochs: PositiveInt = 20

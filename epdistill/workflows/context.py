@@ -14,6 +14,7 @@ from epdistill import __version__
 from epdistill.console import Reporter
 from epdistill.data import DataSet, describe, load
 from epdistill.errors import RecipeError, RunError
+from epdistill.memory import keep_freed_memory
 from epdistill.recipes import DataRecipe
 from epdistill.runs import CONFIG, Run, open_run
 
@@ -37,6 +38,9 @@ class Context:
     download: bool = False
     device: str = "auto"
     reporter: Reporter = field(default_factory=Reporter)
+
+    def __post_init__(self) -> None:
+        keep_freed_memory()
 
     def torch_device(self) -> torch.device:
         """The device asked for.
