@@ -41,8 +41,8 @@ def matching_loss(
     """Variance-normalised distance to the fixed points plus KL on the answers.
 
     Dividing each layer's squared error by the variance of its fixed points over
-    the batch makes layers comparable: 1 is what a constant guess of the mean gets. The variance counts as at
-    least `VARIANCE_FLOOR`.
+    the batch makes layers comparable: 1 is what a constant guess of the mean gets.
+    The variance counts as at least `VARIANCE_FLOOR`.
 
     Args:
         landed: The student's map per layer, (N, C, h, w).

@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys\n"
         "from epdistill.cli.app import app\n"
         "try:\n    app(['--help'], prog_name='epdistill')\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'torchvision', 'onnxruntime', 'onnx', 'sklearn', 'matplotlib', 'pydantic'}\n"
+        "heavy = {'torch', 'torchvision', 'onnxruntime', 'onnx', 'sklearn', 'pydantic'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
     )
     assert python(code).splitlines()[-1] == "HEAVY []"
@@ -70,16 +70,15 @@ def test_the_built_wheel_works_from_another_folder(tmp_path: Path) -> None:
         if (root / name).is_file():
             (sources / name).parent.mkdir(parents=True, exist_ok=True)
             (sources / name).write_bytes((root / name).read_bytes())
+    pip = [sys.executable, "-m", "pip"]
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(sources)],
-        check=True,
-    )  # fmt: skip
+        [*pip, "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(sources)], check=True
+    )
     (wheel,) = tmp_path.glob("epdistill-*.whl")
     site = tmp_path / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)],
-        check=True,
-    )  # fmt: skip
+        [*pip, "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
+    )
     assert sorted(p.name for p in site.iterdir() if not p.name.endswith("dist-info")) == [
         "bin",
         "epdistill",

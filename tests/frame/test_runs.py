@@ -74,7 +74,7 @@ def test_damaged_weights_are_refused(tmp_path: Path, damage: str) -> None:
         path.write_bytes(data[:-3])
     else:
         path.unlink()
-    with pytest.raises(RunError, match="damaged|has no"):
+    with pytest.raises(RunError, match=r"damaged|has no"):
         load_weights(open_run(folder))
 
 

@@ -1,0 +1,368 @@
+"""The command line end to end, in process, on a tiny recipe of real digits."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from epdistill.cli import main
+
+TINY = """
+[data]
+name = "digits"
+[teacher]
+channels = [8, 16]
+init_scale = 2.0
+batch_size = 32
+epochs = 4
+[student]
+name = "cnn"
+epochs = 4
+batch_size = 32
+[evaluate]
+limit = 16
+linf = [0.05, 0.1]
+l2 = [0.5]
+steps = 3
+queries = 5
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self.out)
+        return content
+
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> Outcome:
+    monkeypatch.setattr(sys, "argv", ["epdistill", *args])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    code = stop.value.code
+    return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+
+@pytest.fixture
+def epd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    return lambda *args: call(capsys, monkeypatch, *args)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the three commands of the mission were typed, with no other argument."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "tiny.toml").write_text(TINY)
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from epdistill.cli import main\n"
+        "sys.argv = ['epdistill', *sys.argv[1:]]\nmain()"
+    )
+    for command in (
+        ["teach", "--recipe", "tiny.toml", "--quiet"],
+        ["distill", "--student", "cnn", "--quiet"],
+        ["export", "--quiet"],
+    ):
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", code, *command],
+            cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert "next: epdistill" in result.stdout
+    return folder
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private copy of `made`, as the current folder."""
+    shutil.copytree(made, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    """One line on standard error, exit code 2, no traceback."""
+    assert outcome.code == 2, outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    lines = [line for line in outcome.err.splitlines() if "epdistill:" in line]
+    assert len(lines) == 1, outcome.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_what_the_three_commands_leave_behind(made: Path) -> None:
+    teacher, student = made / "runs/tiny-ep-cnn-001", made / "runs/tiny-cnn-001"
+    for run in (teacher, student):
+        for name in ("config.json", "model.safetensors", "metrics.jsonl", "README.md"):
+            assert (run / name).is_file(), name
+        assert not (run / "state.safetensors").exists()
+        config = json.loads((run / "config.json").read_text())
+        assert config["finished"]
+        assert f"{config['results']['accuracy']:.4f}" in (run / "README.md").read_text()
+    assert json.loads((teacher / "config.json").read_text())["results"]["accuracy"] > 0.5
+
+
+def test_the_file_gives_the_students_answers_in_plain_onnxruntime(work: Path) -> None:
+    import onnxruntime
+
+    from epdistill.data import load, to_float
+    from epdistill.loading import load_student
+    from epdistill.runs import open_run
+
+    images = to_float(load("digits").test.images[:32])
+    session = onnxruntime.InferenceSession(work / "runs/tiny-cnn-001/model.onnx")
+    (logits,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = load_student(open_run(work / "runs/tiny-cnn-001"))(images)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+    assert (logits.argmax(1) == expected.argmax(1).numpy()).all()
+
+
+def test_evaluate_everything_that_is_there(work: Path, epd: Call) -> None:
+    outcome = epd("evaluate", "--json", "--quiet")
+    assert outcome.code == 0, outcome.err
+    content = outcome.json
+    kinds = [model["kind"] for model in content["models"]]
+    assert kinds == ["teacher", "student", "onnx"]
+    on_disk = json.loads((work / content["results"]).read_text())
+    assert on_disk["n"] == 16
+    views = {row["view"] for row in content["models"][0]["attacks"] if row["attack"] == "pgd"}
+    assert views == {"implicit", "unrolled-5", "unrolled-30"}
+    for model in content["models"]:
+        clean = model["clean"]["accuracy"]
+        assert all(row["accuracy"] <= clean for row in model["worst_case"])
+    student, onnx = content["models"][1:]
+    assert student["clean"] == onnx["clean"]
+    assert student["corruptions"] == onnx["corruptions"]
+    again = epd("evaluate", "--json", "--quiet")
+    assert again.json["models"] == content["models"]
+
+
+def test_bench_predict_report(work: Path, epd: Call) -> None:
+    bench = epd("bench", "--rounds", "3", "--json", "--quiet")
+    assert bench.code == 0, bench.err
+    names = {row["name"] for row in bench.json["rows"]}
+    assert names == {
+        "teacher, published 250 sweeps", "teacher, relaxed to tolerance",
+        "student, torch", "student, onnxruntime",
+    }  # fmt: skip
+    assert {row["batch_size"] for row in bench.json["rows"]} == {1, 64}
+    Image.new("RGB", (20, 20), (200, 10, 10)).save("a.png")
+    predict = epd("predict", "a.png", "--json")
+    assert predict.code == 0, predict.err
+    (row,) = predict.json["predictions"]
+    assert row["label"] in {str(digit) for digit in range(10)}
+    assert epd("predict", "runs/tiny-cnn-001/model.onnx", "a.png").code == 0
+    report = epd("report", "--json")
+    page = (work / report.json["report"]).read_text()
+    assert "tiny-ep-cnn-001" in page
+    assert "http://" not in page
+    assert "<script" not in page
+
+
+def test_run_is_the_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epd: Call) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.toml").write_text(TINY)
+    outcome = epd("run", "--recipe", "tiny.toml", "--epochs", "2", "--json", "--quiet")
+    assert outcome.code == 0, outcome.err
+    content = outcome.json
+    for key in ("teacher.accuracy", "student.accuracy", "student.agreement",
+                "speedup.student_over_published", "parity.max_abs_error"):  # fmt: skip
+        value: Any = content
+        for part in key.split("."):
+            value = value[part]
+        assert isinstance(value, float), key
+    for path in content["paths"].values():
+        assert Path(path).exists(), path
+    assert "data:image/png;base64" in Path(content["paths"]["report"]).read_text()
+
+
+def test_json_is_one_object_and_progress_goes_elsewhere(work: Path, epd: Call) -> None:
+    outcome = epd("teach", "--recipe", "tiny.toml", "--epochs", "1", "--json")
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.out.splitlines()) == 1
+    assert outcome.json["run"] == "runs/tiny-ep-cnn-002"
+    assert "epoch 1/1" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["teach", "--data", "digit"], ["'digit'", "digits"]),
+        (["teach", "--recipe", "cifer10"], ["cifer10", "did you mean cifar10"]),
+        (["teach", "--data", "cifar10", "--data-root", "nowhere"], ["nowhere", "--download"]),
+        (["teach", "--precision", "float16"], ["precision", "float16"]),
+        (["teach", "--device", "tpu"], ["tpu"]),
+        (["teach", "--out", "runs/tiny-ep-cnn-001"], ["already holds a run"]),
+        (["teach", "--resume"], ["no unfinished teacher run"]),
+        (["teach", "--resume", "--out", "runs/tiny-ep-cnn-001"], ["is finished"]),
+        (["distill", "--student", "resnet19"], ["resnet19", "did you mean resnet18"]),
+        (["distill", "--inputs", "dirty"], ["student.inputs = 'dirty'"]),
+        (["distill", "--teacher", "runs/tiny-cnn-001"], ["student run; expected a teacher"]),
+        (["distill", "--teacher", "empty"], ["config.json"]),
+        (["export", "runs/tiny-ep-cnn-001"], ["teacher run; expected a student"]),
+        (["export", "--out", "model.txt"], ["model.txt", ".onnx"]),
+        (["evaluate", "--suite", "quik"], ["quik", "quick"]),
+        (["evaluate", "nothing"], ["nothing does not exist"]),
+        (["predict", "missing.png"], ["missing.png"]),
+        (["predict", "runs/tiny-cnn-001/model.onnx"], ["no image"]),
+        (["bench", "--recipe", "nope"], ["unknown recipe 'nope'"]),
+        (["report", "--runs", "elsewhere"], ["elsewhere"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(work: Path, epd: Call, args: list[str], words: list[str]) -> None:
+    (work / "empty").mkdir()
+    before = {path for path in work.rglob("*") if path.is_file()}
+    refused(epd(*args), *words)
+    assert {path for path in work.rglob("*") if path.is_file()} == before
+
+
+def test_a_flag_out_of_range_is_refused_too(work: Path, epd: Call) -> None:
+    outcome = epd("teach", "--epochs", "0")
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert "epochs" in outcome.err
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_damaged_teachers_are_refused(work: Path, epd: Call, damage: str) -> None:
+    path = work / "runs/tiny-ep-cnn-001/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    refused(epd("distill"), "model.safetensors", "damaged")
+    refused(epd("evaluate"), "model.safetensors", "damaged")
+
+
+def test_a_tampered_export_is_not_used(work: Path, epd: Call) -> None:
+    path = work / "runs/tiny-cnn-001/model.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    Image.new("L", (8, 8)).save("a.png")
+    refused(epd("predict", "a.png"), "model.onnx")
+
+
+def write_folder(root: Path, classes: int = 2, size: int = 8) -> None:
+    generator = np.random.default_rng(0)
+    for label in range(classes):
+        folder = root / f"class{label}"
+        folder.mkdir(parents=True)
+        for index in range(20):
+            pixels = generator.integers(0, 60, (size, size), dtype=np.uint8) + 150 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+
+
+def test_ones_own_images(work: Path, epd: Call) -> None:
+    write_folder(work / "mine")
+    path = work / "tiny.toml"
+    path.write_text(path.read_text().replace("batch_size = 32", "batch_size = 8"))
+    taught = epd("teach", "--recipe", "tiny.toml", "--data", "folder:mine", "--json", "--quiet")
+    assert taught.code == 0, taught.err
+    assert taught.json["accuracy"] > 0.9
+    distilled = epd("distill", "--student", "cnn", "--json", "--quiet", "--epochs", "8")
+    assert distilled.code == 0, distilled.err
+    exported = epd("export", "--json", "--quiet")
+    assert exported.code == 0, exported.err
+    predicted = epd("predict", "mine/class1/3.png", "--json")
+    assert predicted.json["predictions"][0]["label"] in ("class0", "class1")
+
+
+@pytest.mark.parametrize("fault", ["one class", "broken", "mixed"])
+def test_bad_folders_of_images(work: Path, epd: Call, fault: str) -> None:
+    write_folder(work / "mine", classes=1 if fault == "one class" else 2)
+    if fault == "broken":
+        (work / "mine/class0/3.png").write_bytes(b"no image")
+    elif fault == "mixed":
+        Image.new("L", (9, 9)).save(work / "mine/class0/3.png")
+    word = {"one class": "class", "broken": "3.png", "mixed": "--image-size"}[fault]
+    refused(epd("teach", "--data", "folder:mine"), word)
+
+
+def test_changed_images_are_noticed(work: Path, epd: Call) -> None:
+    path = work / "runs/tiny-cnn-001/config.json"
+    config = json.loads(path.read_text())
+    config["data"]["test_sha256"] = "0" * 64
+    path.write_text(json.dumps(config))
+    refused(epd("export"), "other test images")
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_clean_and_resume_gives_the_same_weights(work: Path) -> None:
+    """SIGINT in the middle of teaching: exit code 130, one line, and nothing lost."""
+    from safetensors.torch import load_file
+
+    command = [sys.executable, "-P", "-m", "epdistill", "teach", "--recipe", "tiny.toml"]
+    straight = subprocess.run([*command, "--out", "straight"], capture_output=True, check=False)
+    assert straight.returncode == 0
+    child = subprocess.Popen(
+        [*command, "--out", "broken"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    metrics = work / "broken/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert metrics.exists(), "teaching wrote no epoch within two minutes"
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    assert out == ""
+    assert not list((work / "broken").glob("*.tmp"))
+    unfinished = subprocess.run(
+        [sys.executable, "-P", "-m", "epdistill", "distill", "--teacher", "broken"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert unfinished.returncode == 2
+    assert "not finished" in unfinished.stderr
+    resumed = subprocess.run(
+        [*command, "--out", "broken", "--resume"], capture_output=True, check=False
+    )
+    assert resumed.returncode == 0
+    one, other = (load_file(work / name / "model.safetensors") for name in ("straight", "broken"))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_every_command_has_help(epd: Call) -> None:
+    top = epd("--help")
+    assert top.code == 0
+    for name in ("run", "teach", "distill", "evaluate", "export", "predict", "bench", "report"):
+        assert re.search(rf"^\s+{name}\s", top.out, re.MULTILINE)
+        assert epd(name, "--help").code == 0
+    assert epd("--version").out.strip()
