@@ -21,7 +21,7 @@ def load_teacher(run: Run) -> EPCNN:
     """
     from epdistill.teachers.architecture import Architecture
     from epdistill.teachers.model import EPCNN
-    from epdistill.teachers.relaxation import Schedule
+    from epdistill.teachers.schedule import Schedule
 
     _expect(run, "teacher")
     weights = load_weights(run)

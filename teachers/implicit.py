@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from epdistill.teachers.energy import Network, Pooled, States
-from epdistill.teachers.relaxation import _Batch
+from epdistill.teachers.phase import Phase
 
 ITERATIONS = 200
 
@@ -79,7 +79,7 @@ def solve_adjoint(
         tolerance = default_tolerance(images.dtype)
     a, depth = network.architecture.curvature, network.depth
     drive = network.pool(1, network.drive(1, images))
-    batch = _Batch(network, drive, states, None)
+    batch = Phase(network, drive, states, None)
     pooled = batch.pooled
     free = [((h > 0) & (h < a)).to(h.dtype) for h in batch.forces()]
     zero_bias = Network(network.architecture, network.weights, (None,) * depth)  # type: ignore[arg-type]

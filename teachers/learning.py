@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from epdistill.teachers.energy import Network, Pooled, States
-from epdistill.teachers.relaxation import Relaxed, Schedule, make_nudge, relax
+from epdistill.teachers.mixed import LOW, make_base
+from epdistill.teachers.relaxation import is_mixed, relax
+from epdistill.teachers.schedule import Relaxed, Schedule, make_nudge
 
 Estimator = Literal["symmetric", "one-sided", "random-sign"]
 
@@ -54,35 +56,51 @@ class Step:
     logits: Tensor
 
 
+def _pools(network: Network, states: States, drive: Pooled) -> list[Pooled]:
+    """P(u_1)..P(u_L) at some states."""
+    layers = range(2, network.depth + 1)
+    return [drive, *(network.pool(n, network.drive(n, states[n - 2])) for n in layers)]
+
+
 def phi_difference(
-    network: Network, images: Tensor, high: States, low: States, drive: Pooled
+    network: Network,
+    images: Tensor,
+    high: States,
+    low: States,
+    high_pools: list[Pooled],
+    low_pools: list[Pooled],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """dPhi/dtheta(high) - dPhi/dtheta(low), summed over the batch.
 
     Written as products of differences and means, a+ b+ - a- b- =
     (a+ - a-)(b+ + b-)/2 + (a+ + a-)/2 (b+ - b-), so that two nearly equal
-    large sums are never subtracted.
+    large sums are never subtracted. That is also why the products may be formed
+    in bfloat16: what is rounded is already a difference.
 
     Args:
         network: The weights.
         images: (N, C, H, W), normalised.
         high: States of the one phase.
         low: States of the other.
-        drive: P(u_1), which both share.
+        high_pools: P(u_1)..P(u_L) at `high`.
+        low_pools: The same at `low`.
+        dtype: Of the correlations; that of the states without it.
 
     Returns:
-        The differences for the weights and for the biases.
+        The differences for the weights and for the biases, in the states' dtype.
     """
     weights, biases = [], []
+    kind = dtype or images.dtype
     below_high = below_low = images
     for n, layer in enumerate(network.architecture.layers, start=1):
         if n == 1:
-            top = network.unpool(1, high[0] - low[0], drive)
-            pairs = [(images, top)]
-            difference = top
+            difference = network.unpool(1, high[0] - low[0], high_pools[0])
+            pairs = [(images, difference)]
         else:
-            up_high = network.unpool(n, high[n - 1], network.pool(n, network.drive(n, below_high)))
-            up_low = network.unpool(n, low[n - 1], network.pool(n, network.drive(n, below_low)))
+            up_high = network.unpool(n, high[n - 1], high_pools[n - 1])
+            up_low = network.unpool(n, low[n - 1], low_pools[n - 1])
             difference = up_high - up_low
             pairs = [
                 (below_high - below_low, (up_high + up_low).mul_(0.5)),
@@ -90,10 +108,10 @@ def phi_difference(
             ]
         shape = network.weights[n - 1].shape
         parts = [
-            conv2d_weight(a, shape, b, layer.stride, layer.padding)  # type: ignore[no-untyped-call]
+            conv2d_weight(a.to(kind), shape, b.to(kind), layer.stride, layer.padding)  # type: ignore[no-untyped-call]
             for a, b in pairs
         ]
-        weights.append(parts[0] if len(parts) == 1 else parts[0] + parts[1])
+        weights.append(torch.stack(parts).sum(0, dtype=images.dtype))
         biases.append(difference.sum((0, 2, 3)))
         below_high, below_low = high[n - 1], low[n - 1]
     return weights, biases
@@ -152,18 +170,25 @@ def ep_step(
     below = rest.states[-2] if network.depth > 1 else images
     logits = network.logits(rest.states[-1], below)
 
+    # Both nudged phases take their differences from the free fixed point.
+    mixed = is_mixed(network, nudged)
+    base = make_base(network, drive, rest.states) if mixed else None
+    start = base.states if base else rest.states
+
     def phase(strength: float) -> Relaxed:
         nudge = make_nudge(network, labels, strength, bounded=bounded)
-        return relax(network, images, nudged, nudge=nudge, start=rest.states, drive=drive)
+        return relax(network, images, nudged, nudge=nudge, start=start, drive=drive, base=base)
 
     strength = beta if estimator != "random-sign" else beta * sign
     plus = phase(strength) if strength > 0 else None
     minus = phase(-beta) if estimator == "symmetric" or strength < 0 else None
     # Without the opposite phase the free state stands in, and the distance is beta.
-    high = plus.states if plus else rest.states
-    low = minus.states if minus else rest.states
+    high, low = plus or rest, minus or rest
     gap = 2 * beta if plus and minus else beta
-    weights, biases = phi_difference(network, images, high, low, drive)
+    pools = [end.pooled or _pools(network, end.states, drive) for end in (high, low)]
+    weights, biases = phi_difference(
+        network, images, high.states, low.states, *pools, dtype=LOW if mixed else None
+    )
     scale = -1 / (gap * images.shape[0])
     target = make_nudge(network, labels, 0.0).target
     phases = [relaxed.states for relaxed in (plus, minus) if relaxed is not None]

@@ -13,7 +13,8 @@ from epdistill.errors import RecipeError
 from epdistill.teachers.architecture import Architecture
 from epdistill.teachers.energy import Network, States
 from epdistill.teachers.implicit import image_gradient, solve_adjoint
-from epdistill.teachers.relaxation import Relaxed, Schedule, relax, unrolled
+from epdistill.teachers.relaxation import relax, unrolled
+from epdistill.teachers.schedule import Relaxed, Schedule
 
 GradientKind = Literal["implicit", "unrolled-first", "unrolled-last"]
 

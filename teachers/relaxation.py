@@ -15,231 +15,41 @@ that have converged leave the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from epdistill.errors import RecipeError
 from epdistill.teachers.energy import Network, Pooled, States, activate, zero_states
-
-Kind = Literal["red-black", "synchronous"]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a state is relaxed. The equilibrium is not unique, so this is part of the model.
-
-    Attributes:
-        kind: `"red-black"` or the published `"synchronous"`.
-        omega: Over-relaxation, in (0, 2); red-black only.
-        tolerance: An image is settled when its residual max |sigma(dPhi/ds) - s|
-            is at most this; 0 runs `sweeps` sweeps for every image.
-        sweeps: The most sweeps an image gets.
-        check_every: Sweeps between two looks at the residual.
-    """
-
-    kind: Kind = "red-black"
-    omega: float = 1.5
-    tolerance: float = 1e-4
-    sweeps: int = 250
-    check_every: int = 5
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot relax."""
-        if self.kind not in ("red-black", "synchronous"):
-            raise RecipeError(f"schedule {self.kind!r}; expected 'red-black' or 'synchronous'")
-        if not 0 < self.omega < 2:
-            raise RecipeError(f"omega {self.omega}; expected a number between 0 and 2, exclusive")
-        if self.sweeps < 1 or self.check_every < 1 or self.tolerance < 0:
-            raise RecipeError(
-                f"sweeps {self.sweeps}, check_every {self.check_every}, tolerance "
-                f"{self.tolerance}; expected at least 1, 1 and 0"
-            )
-
-    def with_(self, **changes: Any) -> Schedule:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; `Schedule(**content)` reads it back."""
-        return asdict(self)
+from epdistill.teachers.mixed import Base, DifferencePhase, coarse_states, lowered, make_base
+from epdistill.teachers.phase import Phase, rows_of
+from epdistill.teachers.schedule import Certificate, Nudge, Relaxed, Schedule
 
 
-PUBLISHED = Schedule(kind="synchronous", omega=1.0, tolerance=0.0, sweeps=250)
-"""The published free phase: 250 synchronous sweeps for every image."""
+def _begin(
+    network: Network,
+    drive: Pooled,
+    schedule: Schedule,
+    nudge: Nudge | None,
+    start: States | None,
+    base: Base | None,
+) -> tuple[Phase, int]:
+    """The phase before its first counted sweep, and the sweeps already spent on it."""
+    begin = start or zero_states(network, drive.value.shape[0])
+    if not is_mixed(network, schedule):
+        return Phase(network, drive, begin, nudge), 0
+    spent = 0
+    if start is None:
+        spent = min(schedule.coarse, schedule.sweeps)
+        begin = coarse_states(network, drive, begin, spent, schedule.omega)
+    if base is None:
+        base = make_base(network, drive, begin)
+        begin = base.states
+    return DifferencePhase(network, lowered(network), base, begin, nudge), spent
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """What is known about each image's state; every tensor has shape (N,).
-
-    Attributes:
-        residual: max over units of |sigma(dPhi/ds) - s| at the returned state.
-        sweeps: int64, sweeps spent on the image.
-        converged: bool, residual <= tolerance.
-    """
-
-    residual: Tensor
-    sweeps: Tensor
-    converged: Tensor
-
-
-@dataclass(frozen=True)
-class Relaxed:
-    """States s_1..s_L (each (N, C, h, w), in [0,1]) and their certificate."""
-
-    states: States
-    certificate: Certificate
-
-
-@dataclass(frozen=True)
-class Nudge:
-    """A pull of strength beta down (beta > 0) or up (beta < 0) the loss.
-
-    Attributes:
-        beta: Strength; the nudged energy is E + beta * loss.
-        target: (N, classes) one-hot labels in the dtype of the states.
-        bound: Upper bound on the curvature of beta * loss in s_L (0 for beta < 0):
-            keeps the update a majorise-minimise step. See `make_nudge`.
-    """
-
-    beta: float
-    target: Tensor
-    bound: float = 0.0
-
-
-def make_nudge(network: Network, labels: Tensor, beta: float, *, bounded: bool = True) -> Nudge:
-    """Build the nudge of a phase.
-
-    For beta > 0 the cross-entropy, linearised at the current state, lies below
-    the loss; adding its curvature bound (Boehning 1992) beta * lambda_max(V^T B V),
-    B = (I - 11^T/K)/2, makes the quadratic model lie above it again.
-
-    Args:
-        network: The weights; the readout decides the loss.
-        labels: (N,) int64.
-        beta: Strength and sign.
-        bounded: False leaves the bound out, as the published dynamics do.
-    """
-    classes = network.architecture.classes
-    target = F.one_hot(labels, classes).to(network.weights[0].dtype)
-    bound = 0.0
-    if bounded and beta > 0 and network.readout_weight is not None:
-        v = network.readout_weight.detach().double()
-        centred = v - v.mean(0, keepdim=True)  # B V up to the factor 1/2
-        bound = beta * 0.5 * float(torch.linalg.eigvalsh(v @ centred.T).max())
-    return Nudge(beta, target, bound)
-
-
-def _pull(network: Network, nudge: Nudge, top: Tensor) -> Tensor:
-    """-beta * dloss/ds_L at the current top state, shaped like it."""
-    flat = top.flatten(1)
-    if network.readout_weight is None:
-        force = nudge.target - flat
-    else:
-        error = nudge.target - network.logits(top).softmax(1)
-        force = error @ network.readout_weight
-    return (nudge.beta * force).view(top.shape)
-
-
-class _Batch:
-    """The images still relaxing: their states and the pooled drives at those states."""
-
-    def __init__(self, network: Network, drive: Pooled, states: States, nudge: Nudge | None):
-        self.network = network
-        self.nudge = nudge
-        self.states = list(states)
-        # pooled[n-1] is P(u_n) at the current s_{n-1}; the first never changes.
-        self.pooled: list[Pooled] = [drive]
-        self.pooled += [self._look(n) for n in range(2, network.depth + 1)]
-
-    def _look(self, n: int) -> Pooled:
-        return self.network.pool(n, self.network.drive(n, self.states[n - 2]))
-
-    def force(self, n: int) -> Tensor:
-        """dPhi/ds_n at the current states, the nudge included."""
-        network, pooled = self.network, self.pooled
-        h = pooled[n - 1].value
-        if n < network.depth:
-            top = network.unpool(n + 1, self.states[n], pooled[n])
-            size = self.states[n - 1].shape[2:]
-            return network.feedback(n + 1, top, size).add_(h)
-        if self.nudge is not None:
-            return h + _pull(network, self.nudge, self.states[-1])
-        return h
-
-    def forces(self) -> States:
-        return [self.force(n) for n in range(1, self.network.depth + 1)]
-
-    def residual(self, forces: States) -> Tensor:
-        """max |sigma(dPhi/ds) - s| per image, all forces taken at one common state."""
-        a = self.network.architecture.curvature
-        gaps = [
-            (activate(h, a) - s).abs_().flatten(1).amax(1)
-            for h, s in zip(forces, self.states, strict=True)
-        ]
-        return torch.stack(gaps).amax(0)
-
-    def minimiser(self, n: int, h: Tensor) -> Tensor:
-        """The minimiser of (a majoriser of) the energy in layer n, given its force."""
-        a = self.network.architecture.curvature
-        if n == self.network.depth and self.nudge is not None:
-            if self.network.readout_weight is None:
-                # The squared error is quadratic in the unit itself: its exact
-                # minimiser is clip((h + beta y) / (a + beta)); h holds beta (y - s).
-                beta = self.nudge.beta
-                return (h + beta * self.states[-1]).div_(a + beta).clamp_(0, 1)
-            if self.nudge.bound:
-                k = self.nudge.bound
-                return (h + k * self.states[-1]).div_(a + k).clamp_(0, 1)
-        return (h / a).clamp_(0, 1)
-
-    def move(self, n: int, h: Tensor, omega: float) -> None:
-        """Update layer n, then everything that reads it."""
-        new = self.minimiser(n, h)
-        if omega != 1.0:
-            new = torch.lerp(self.states[n - 1], new, omega).clamp_(0, 1)
-        self.states[n - 1] = new
-        if n < self.network.depth:
-            self.pooled[n] = self._look(n + 1)
-
-    def red_black(self, omega: float, forces: States | None) -> None:
-        """One sweep; `forces` at the current state are used for the odd half if given."""
-        depth = self.network.depth
-        odd = [forces[n - 1] if forces else self.force(n) for n in range(1, depth + 1, 2)]
-        for n, h in zip(range(1, depth + 1, 2), odd, strict=True):
-            self.move(n, h, omega)
-        even = [self.force(n) for n in range(2, depth + 1, 2)]
-        for n, h in zip(range(2, depth + 1, 2), even, strict=True):
-            self.move(n, h, omega)
-
-    def synchronous(self, forces: States | None) -> None:
-        """One published sweep: s <- sigma(dPhi/ds), all layers from the old states."""
-        forces = forces or self.forces()
-        a = self.network.architecture.curvature
-        self.states = [activate(h, a) for h in forces]
-        for n in range(2, self.network.depth + 1):
-            self.pooled[n - 1] = self._look(n)
-
-    def keep(self, index: Tensor) -> None:
-        """Drop all images but those at `index`."""
-        self.states = [_rows(state, index) for state in self.states]
-        self.pooled = [
-            Pooled(
-                _rows(p.value, index), None if p.index is None else _rows(p.index, index), p.size
-            )
-            for p in self.pooled
-        ]
-        if self.nudge is not None:
-            self.nudge = replace(self.nudge, target=self.nudge.target[index])
-
-
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    # index_select keeps neither layout for certain; the dynamics want channels-last.
-    return tensor.index_select(0, index).contiguous(memory_format=torch.channels_last)
+def is_mixed(network: Network, schedule: Schedule) -> bool:
+    """Whether this network relaxes by differences under this schedule."""
+    return schedule.precision == "mixed" and network.weights[0].dtype == torch.float32
 
 
 @torch.no_grad()
@@ -251,6 +61,7 @@ def relax(
     nudge: Nudge | None = None,
     start: States | None = None,
     drive: Pooled | None = None,
+    base: Base | None = None,
     watch: Callable[[int, States], None] | None = None,
 ) -> Relaxed:
     """Relax a batch to its fixed points.
@@ -263,17 +74,19 @@ def relax(
         start: States to start from; zeros without it. Only ever the state itself
             or its numerical neighbourhood: other starts reach other equilibria.
         drive: P(u_1) of these images if it is at hand (it is the same in every phase).
+        base: `start` as evaluated by `make_base`, if it is at hand; mixed precision only.
         watch: Called as `watch(sweep, states)` before the first sweep and after
             each one, for plots and tests; only with `tolerance` 0.
 
     Returns:
-        The states and, per image, residual, sweeps and whether it converged.
+        The states and, per image, residual, sweeps and whether it converged. In mixed
+        precision with `tolerance` 0 the residual is that of the difference form.
     """
     images = images.contiguous(memory_format=torch.channels_last)
     if drive is None:
         drive = network.pool(1, network.drive(1, images))
     count = images.shape[0]
-    batch = _Batch(network, drive, start or zero_states(network, count), nudge)
+    batch, spent = _begin(network, drive, schedule, nudge, start, base)
     device = images.device
     final = [torch.empty_like(state) for state in batch.states]
     residual = torch.full((count,), float("inf"), device=device, dtype=images.dtype)
@@ -281,12 +94,15 @@ def relax(
     rows = torch.arange(count, device=device)  # where each live image sits in `final`
     done = torch.zeros(count, dtype=torch.bool, device=device)  # settled, yet not dropped
 
-    for sweep in range(schedule.sweeps + 1):
+    retired = False
+    for sweep in range(spent, schedule.sweeps + 1):
         last = sweep == schedule.sweeps
         forces = None
         if watch is not None:
             watch(sweep, batch.states)
         if last or (schedule.tolerance and sweep and sweep % schedule.check_every == 0):
+            if schedule.tolerance:  # a certificate must be exact; a fixed budget needs none
+                batch.refresh()
             forces = batch.forces()
             gap = batch.residual(forces)
             settled = (gap <= schedule.tolerance) & ~done
@@ -305,13 +121,16 @@ def relax(
                 live = (~done).nonzero().squeeze(1)
                 batch.keep(live)
                 rows, done = rows[live], done[live]
-                forces = [_rows(h, live) for h in forces]
+                forces = [rows_of(h, live) for h in forces]
+                retired = True
         if schedule.kind == "red-black":
             batch.red_black(schedule.omega, forces)
         else:
             batch.synchronous(forces)
     certificate = Certificate(residual, sweeps, residual <= schedule.tolerance)
-    return Relaxed(final, certificate)
+    # `pooled` belongs to `final` only if every image was written at the very end.
+    whole = not retired and bool((sweeps == sweep).all())
+    return Relaxed(final, certificate, batch.pooled if whole else None)
 
 
 def residuals(
@@ -320,7 +139,7 @@ def residuals(
     """max over units of |sigma(dPhi/ds) - s| per image, (N,), at the given states."""
     with torch.no_grad():
         drive = network.pool(1, network.drive(1, images))
-        batch = _Batch(network, drive, states, nudge)
+        batch = Phase(network, drive, states, nudge)
         return batch.residual(batch.forces())
 
 

@@ -13,7 +13,7 @@ from epdistill.recipes import Recipe
 from epdistill.teachers.architecture import Architecture, layers_for
 from epdistill.teachers.learning import Gradients, ep_step
 from epdistill.teachers.model import EPCNN
-from epdistill.teachers.relaxation import Schedule
+from epdistill.teachers.schedule import Schedule
 from epdistill.training import Batch, cosine, optimiser_state, restore_optimiser, seed_of
 
 EVALUATION_BATCH = 256

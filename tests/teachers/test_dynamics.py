@@ -13,14 +13,9 @@ from epdistill.teachers.architecture import Architecture, LayerSpec
 from epdistill.teachers.energy import Network, energy, phi, zero_states
 from epdistill.teachers.learning import ep_step
 from epdistill.teachers.model import EPCNN
-from epdistill.teachers.relaxation import (
-    Schedule,
-    _Batch,
-    make_nudge,
-    relax,
-    residuals,
-    unrolled,
-)
+from epdistill.teachers.phase import Phase
+from epdistill.teachers.relaxation import relax, residuals, unrolled
+from epdistill.teachers.schedule import Schedule, make_nudge
 
 SETTLE = Schedule(omega=1.3, tolerance=1e-12, sweeps=5000)
 
@@ -100,7 +95,7 @@ def test_forces_are_the_autograd_of_phi(case: tuple[EPCNN, torch.Tensor, torch.T
     expected = torch.autograd.grad(phi(network, x, states).sum(), states)
     drive = network.pool(1, network.drive(1, x))
     with torch.no_grad():
-        forces = _Batch(network, drive, [s.detach() for s in states], None).forces()
+        forces = Phase(network, drive, [s.detach() for s in states], None).forces()
     for force, wanted in zip(forces, expected, strict=True):
         torch.testing.assert_close(force, wanted, atol=1e-12, rtol=1e-12)
 

@@ -12,7 +12,8 @@ from epdistill.teachers.architecture import Architecture, LayerSpec, layers_for
 from epdistill.teachers.energy import Network
 from epdistill.teachers.learning import ep_step
 from epdistill.teachers.reference import reference_relax
-from epdistill.teachers.relaxation import Schedule, relax
+from epdistill.teachers.relaxation import relax
+from epdistill.teachers.schedule import Schedule
 
 VECTORS = Path(__file__).parent / "ep_vectors.npz"
 TOLERANCE = 1e-10
