@@ -1,15 +1,13 @@
 """Where images come from: scikit-learn's digits, torchvision's sets, the user's folders.
 
 Each reader returns `Raw`: whole arrays in memory, before any split is drawn.
-Everything that decodes or resizes goes through Pillow's integer arithmetic, so
-that the same pixels come out whatever the processor and the thread count.
+Everything that decodes or resizes goes through `epdistill.images`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import sys
 import warnings
 from collections import Counter
@@ -18,10 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from epdistill.errors import DataError
+from epdistill.images import SUFFIXES, decode, fit, read_bytes, read_header, to_pixels
 
 TORCHVISION = {
     "mnist": "MNIST",
@@ -30,11 +29,6 @@ TORCHVISION = {
     "cifar100": "CIFAR100",
     "svhn": "SVHN",
 }
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-# Pillow looks at the content, not at the name: without this list, a file that
-# says .png could reach any of its decoders (one of them starts Ghostscript).
-FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B")
 SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
 
 
@@ -151,10 +145,9 @@ def _official_arrays(part: Any, classes: tuple[str, ...]) -> tuple[Tensor, Tenso
 def read_folder(path: Path, image_size: int | None) -> Raw:
     """Read `PATH/<class>/*.png`, or `PATH/train/<class>` and `PATH/test/<class>`.
 
-    Every image is decoded once, turned as its EXIF orientation says, and made
-    grey if all images are grey, else RGB (transparency is dropped, 16-bit grey
-    scaled to 8). Class folders are searched deeply; names that begin with a dot
-    and files of other types are passed over.
+    Every image is decoded once (see `epdistill.images.decode`) and made grey if
+    all images are grey, else RGB. Class folders are searched deeply; names that
+    begin with a dot and files of other types are passed over.
 
     Args:
         path: The folder.
@@ -187,8 +180,8 @@ def read_folder(path: Path, image_size: int | None) -> Raw:
     else:
         classes, train = _list_classes(path)
         test = []
-    headers = [_read_header(file) for file, _ in [*train, *test]]
-    channels = 1 if all(mode in GREY_MODES for mode, _ in headers) else 3
+    headers = [read_header(file) for file, _ in [*train, *test]]
+    channels = 1 if all(grey for grey, _ in headers) else 3
     size = image_size or _common_size(path, [shape for _, shape in headers])
     train_images, keys = _decode_all([file for file, _ in train], channels, size)
     train_labels = torch.tensor([label for _, label in train])
@@ -232,23 +225,6 @@ def _list_classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]
     return tuple(classes), listed
 
 
-def _broken(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return DataError(
-        f"{path} is not a readable image ({reason}); expected one of {', '.join(FORMATS)}: "
-        "repair or remove it"
-    )
-
-
-def _read_header(path: Path) -> tuple[str, tuple[int, int]]:
-    """Mode and (width, height) without decoding the pixels."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.mode, image.size
-    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-        raise _broken(path, error) from error
-
-
 def _common_size(path: Path, sizes: list[tuple[int, int]]) -> int:
     """The side that all images share."""
     seen = Counter(sizes)
@@ -268,75 +244,10 @@ def _decode_all(files: list[Path], channels: int, size: int) -> tuple[Tensor, tu
     images = torch.empty((len(files), channels, size, size), dtype=torch.uint8)
     keys = []
     for index, file in enumerate(files):
-        content = _read_bytes(file)
-        images[index] = _decode(file, content, channels, size)
+        content = read_bytes(file)
+        images[index] = torch.from_numpy(decode(content, str(file), channels=channels, size=size))
         keys.append(hashlib.sha256(content).digest())
     return images, tuple(keys)
-
-
-def read_image(path: Path, *, channels: int, image_size: int) -> Tensor:
-    """One image file as a model of this data expects it.
-
-    Args:
-        path: The file.
-        channels: 1 (grey) or 3 (RGB).
-        image_size: Side S in pixels to which the centre square is resized.
-
-    Returns:
-        uint8 (channels, S, S).
-
-    Raises:
-        DataError: The file is missing or broken.
-    """
-    return _decode(path, _read_bytes(path), channels, image_size)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _broken(path, error) from error
-
-
-def _decode(path: Path, content: bytes, channels: int, size: int) -> Tensor:
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            upright = _eight_bit(ImageOps.exif_transpose(image), channels)
-            return _to_tensor(fit(upright, size))
-    except Exception as error:  # as in _read_header
-        raise _broken(path, error) from error
-
-
-def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
-    """Convert to mode L or RGB."""
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit values to 255, which leaves a white image.
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"pixels {values.min()}..{values.max()}, expected 0..65535")
-        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels, expected 8 or 16 bits")
-    elif image.mode == "P":
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns where a colour is transparent
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size` and cut out the centre (bilinear, antialiased).
-
-    Only the part that is kept is computed; the filter still sees what lies beside it.
-    """
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    """uint8 (C, H, W) of an L or RGB image."""
-    pixels = torch.from_numpy(np.array(image))
-    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -346,5 +257,5 @@ def resize(images: Tensor, size: int) -> Tensor:
     resized = images.new_empty((*images.shape[:2], size, size))
     for index, image in enumerate(images):
         pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-        resized[index] = _to_tensor(fit(Image.fromarray(pixels.numpy()), size))
+        resized[index] = torch.from_numpy(to_pixels(fit(Image.fromarray(pixels.numpy()), size)))
     return resized

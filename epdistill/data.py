@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from epdistill import _sources
-from epdistill._sources import read_image
 from epdistill.errors import DataError, RecipeError
 
 __all__ = [
@@ -36,7 +35,6 @@ __all__ = [
     "describe",
     "fingerprint",
     "load",
-    "read_image",
     "to_float",
 ]
 

@@ -7,6 +7,8 @@
     +- ExportError            an export could not be made or did not pass its gate
     |  +- ParityError         the exported graph does not compute what the model computes
     +- EvaluationError        an attack or a model broke the rules of evaluation
+    +- DivergedError          training left the finite numbers
+    +- InterruptedByUserError Ctrl-C; exit code 130
 
 Messages say what was received, what was expected, and what to do.
 """
@@ -42,3 +44,17 @@ class ParityError(ExportError):
 
 class EvaluationError(EpdistillError):
     """A model or an attack that breaks the rules of an honest evaluation."""
+
+
+class DivergedError(EpdistillError):
+    """Training left the finite numbers; the last good state is kept."""
+
+
+class InterruptedByUserError(EpdistillError):
+    """Ctrl-C; whatever was finished before is kept."""
+
+    exit_code = 130
+
+    def __str__(self) -> str:
+        """What became of the work."""
+        return "interrupted; what was finished is kept, --resume continues a training"

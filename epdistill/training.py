@@ -26,15 +26,11 @@ from torch import Tensor
 from epdistill.augment import Augmentation
 from epdistill.console import SILENT, Reporter
 from epdistill.data import Split, to_float
-from epdistill.errors import EpdistillError, RunError
+from epdistill.errors import DivergedError, RunError
 from epdistill.runs import METRICS, append_metrics, atomic_write, read_metrics
 
 STATE = "state.safetensors"
 CHECKPOINT_SECONDS = 60.0
-
-
-class DivergedError(EpdistillError):
-    """Training left the finite numbers; the last good state is kept."""
 
 
 @dataclass(frozen=True)

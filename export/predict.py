@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
 from epdistill.errors import DataError
+from epdistill.images import read_image
 
 _BATCH = 64
-_MODES = {1: "L", 3: "RGB"}
 
 Array = npt.NDArray[np.float32]
 
@@ -63,7 +61,7 @@ def predict_files(classifier: Classifier, paths: Sequence[Path], top: int = 3) -
 
     Args:
         classifier: Gives logits for images in [0,1].
-        paths: Image files in any format and size Pillow reads.
+        paths: Image files of any size, in one of `epdistill.images.FORMATS`.
         top: How many classes to name per file (at most all).
 
     Returns:
@@ -71,7 +69,7 @@ def predict_files(classifier: Classifier, paths: Sequence[Path], top: int = 3) -
 
     Raises:
         DataError: A file is missing or no readable image (the message names it),
-            or `top` is not positive.
+            the model does not take grey or RGB squares, or `top` is not positive.
     """
     if top < 1:
         raise DataError(f"received top {top}; expected at least 1")
@@ -88,58 +86,30 @@ def predict_files(classifier: Classifier, paths: Sequence[Path], top: int = 3) -
 
 
 def load_image(path: Path, shape: tuple[int, int, int]) -> Array:
-    """Read an image file as a model wants it.
+    """Read an image file as the model saw its training images, to the bit.
 
-    Grey or RGB as the model has 1 or 3 channels (transparency is dropped), the
-    whole picture stretched to the model's size (bilinear, antialiased).
+    The centre square, upright, grey or RGB as the model has 1 or 3 channels; see
+    `epdistill.images.decode`.
 
     Args:
         path: The file.
-        shape: (C, H, W) with C 1 or 3.
+        shape: (C, H, W) with C 1 or 3 and H = W.
 
     Returns:
-        float32 (C, H, W) in [0,1].
+        float32 (C, H, W) in [0,1], value v of 0..255 becoming v / 255.
 
     Raises:
-        DataError: The file is missing or no readable image, or C is neither 1 nor 3.
+        DataError: The file is missing or no readable image, or the shape is
+            another one.
     """
     channels, height, width = shape
-    if channels not in _MODES:
+    if channels not in (1, 3) or height != width:
         raise DataError(
-            f"the model takes images of {channels} channels; expected 1 (grey) or 3 (RGB) "
-            "to predict from image files"
+            f"the model takes images of {channels} channels, {height} high and {width} wide; "
+            "expected squares of 1 (grey) or 3 (RGB) channels to predict from image files"
         )
-    try:
-        with warnings.catch_warnings():
-            # Pillow only warns about a picture of a size meant to exhaust memory.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                converted = _eight_bit(image).convert(_MODES[channels])
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; expected an image file") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path} is not an image Pillow can read; expected PNG or JPEG") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path} is too large a picture ({error}); shrink it first") from error
-    # Each of Pillow's decoders has its own errors for a broken file.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read ({reason}); expected an intact image") from error
-    resized = converted.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(resized, dtype=np.float32).reshape(height, width, channels) / 255.0
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The picture in a mode that converts to grey and RGB without clipping or a warning."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        values = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
-        return Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no agreed range")
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA")
-    return image
+    pixels = read_image(path, channels=channels, size=height)
+    return pixels.astype(np.float32) / np.float32(255)
 
 
 def softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

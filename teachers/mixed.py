@@ -115,13 +115,15 @@ class DifferencePhase(Phase):
         """P(u*_n + W_n * difference), pooled in float32."""
         below = self.states[n - 2]
         change = self.low.drive(n, (below - self.base.states[n - 2]).to(LOW))
-        return self.network.pool(n, self.base.drives[n - 2] + change)
+        # Cast first: adding unlike dtypes takes twice as long as casting and adding.
+        u = change.to(below.dtype).add_(self.base.drives[n - 2])
+        return self.network.pool(n, u)
 
     def from_above(self, n: int) -> Tensor:
         """f*_n plus the feedback of what changed above."""
         top = self._top_change(n + 1)
         change = self.low.feedback(n + 1, top, self.states[n - 1].shape[2:])
-        return self.base.feedbacks[n - 1] + change
+        return change.to(self.states[n - 1].dtype).add_(self.base.feedbacks[n - 1])
 
     def _top_change(self, n: int) -> Tensor:
         """U(s_n; argmax) - U(s*_n; argmax*) in bfloat16, (N, C, H, W)."""

@@ -47,6 +47,8 @@ def build_teacher(recipe: Recipe, data: DataSet) -> EPCNN:
         omega=teacher.omega if teacher.schedule == "red-black" else 1.0,
         tolerance=teacher.tolerance,
         sweeps=teacher.sweeps,
+        check_every=teacher.check_every,
+        precision="mixed" if recipe.precision == "bfloat16" else "full",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(recipe.seed, 0))

@@ -7,13 +7,15 @@ import sys
 
 def main() -> None:
     """Entry point of `epdistill`: errors of the user become one line, never a traceback."""
-    from epdistill.cli.app import app
     from epdistill.cli.output import fail
-    from epdistill.errors import EpdistillError
+    from epdistill.errors import EpdistillError, InterruptedByUserError
 
     try:
-        app(prog_name="epdistill", standalone_mode=True)
+        try:
+            from epdistill.cli.app import app
+
+            app(prog_name="epdistill")
+        except KeyboardInterrupt as error:  # before a command took over
+            raise InterruptedByUserError from error
     except EpdistillError as error:
         sys.exit(fail(str(error), error.exit_code))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted; what was finished is kept, --resume continues a training", 130))

@@ -7,14 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from epdistill.cli.output import emit_json, show_table
+from epdistill.errors import InterruptedByUserError
 
 if TYPE_CHECKING:
     from epdistill.workflows.context import Context
 
+
+class _Group(TyperGroup):
+    """Typer ends on Ctrl-C without a word; this says what became of the work."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise InterruptedByUserError from error
+
+
 app = typer.Typer(
     name="epdistill",
+    cls=_Group,
     help="Teach an EP-CNN, distill its fixed points into a feedforward student, export it to ONNX, "
     "and measure all of it honestly.",
     no_args_is_help=True,
@@ -42,7 +56,9 @@ SizeFlag = Annotated[
 EpochsFlag = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data.")]
 SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
 DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-PrecisionFlag = Annotated[str | None, typer.Option("--precision", help="float32 or float64.")]
+PrecisionFlag = Annotated[
+    str | None, typer.Option("--precision", help="float32, bfloat16 or float64.")
+]
 OutFlag = Annotated[Path | None, typer.Option("--out", help="Where to write; numbered by itself.")]
 ResumeFlag = Annotated[
     bool, typer.Option("--resume", help="Continue --out, or the newest unfinished run.")

@@ -50,6 +50,7 @@ class TeacherRecipe(_Section):
         sweeps: The most sweeps of the free phase; in teaching, `teach_sweeps` if given.
         teach_sweeps: The most sweeps of the free phase in teaching.
         teach_tolerance: Residual at which the free phase of teaching stops; `tolerance` without it.
+        check_every: Sweeps between two looks at the residual.
         nudged_sweeps: The most sweeps of each nudged phase.
         nudged_tolerance: Residual at which a nudged phase stops.
         beta: Nudging strength.
@@ -76,6 +77,7 @@ class TeacherRecipe(_Section):
     sweeps: PositiveInt = 250
     teach_sweeps: PositiveInt | None = None
     teach_tolerance: float | None = Field(default=None, ge=0.0, le=0.1)
+    check_every: PositiveInt = 5
     nudged_sweeps: PositiveInt = 30
     nudged_tolerance: float = Field(default=1e-5, ge=0.0, le=0.1)
     beta: PositiveFloat = 0.5
@@ -149,12 +151,14 @@ class Recipe(_Section):
     Attributes:
         name: The recipe's name, a run's name starts with it.
         seed: Of initial weights, data order, augmentation, noise and attacks.
-        precision: dtype of relaxation and training.
+        precision: `float32`, `float64`, or `bfloat16`: relaxations run in bfloat16 and are
+            refined by differences from a float32 base (fast where the processor has
+            bfloat16 matrix units); weights stay in float32.
     """
 
     name: str = "custom"
     seed: int = Field(default=0, ge=0, lt=2**31)
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
     data: DataRecipe = DataRecipe()
     teacher: TeacherRecipe = TeacherRecipe()
     student: StudentRecipe = StudentRecipe()

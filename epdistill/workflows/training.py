@@ -74,7 +74,7 @@ def teach(
         data = context.load_data(recipe.data, recipe.seed)
         folder, config = None, {}
     device = context.torch_device()
-    model = build_teacher(recipe, data).to(device, getattr(torch, recipe.precision))
+    model = build_teacher(recipe, data).to(device, _dtype(recipe))
     task = TeachTask(model, recipe, data.validation)
     if folder is None:
         described = {
@@ -162,6 +162,11 @@ def distill(
         "seconds": seconds,
     }
     return _finish(folder, config, student, results)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype of the weights; bfloat16 is for relaxing, never for keeping."""
+    return torch.float64 if recipe.precision == "float64" else torch.float32
 
 
 def inherit(source: Run, overrides: dict[str, Any]) -> Recipe:

@@ -65,7 +65,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> Outcome:
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str
+) -> Outcome:
     monkeypatch.setattr(sys, "argv", ["epdistill", *args])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

@@ -21,7 +21,6 @@ from epdistill.data import (
     describe,
     fingerprint,
     load,
-    read_image,
     to_float,
 )
 from epdistill.errors import DataError, RecipeError
@@ -409,62 +408,6 @@ def test_three_images_a_class_are_enough(tmp_path):
     dataset = load(f"folder:{tmp_path}")
     for part in (dataset.train, dataset.validation, dataset.test):
         assert part.labels.sort().values.tolist() == [0, 1]
-
-
-# one image
-
-
-def test_read_image_takes_the_centre_square(tmp_path):
-    array = np.zeros((8, 24), dtype=np.uint8)
-    array[:, 8:16] = 50
-    save(tmp_path / "wide.png", array)
-    image = read_image(tmp_path / "wide.png", channels=1, image_size=8)
-    assert image.shape == (1, 8, 8)
-    assert (image == 50).all()
-    whole = np.asarray(Image.fromarray(array).resize((12, 4), Image.Resampling.BILINEAR))
-    smaller = read_image(tmp_path / "wide.png", channels=3, image_size=4)
-    assert np.array_equal(smaller.numpy(), np.stack([whole[:, 4:8]] * 3))
-
-
-def test_read_image_turns_as_exif_says(tmp_path):
-    array = np.zeros((8, 8, 3), dtype=np.uint8)
-    array[0] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 3  # orientation: upside down
-    save(tmp_path / "turned.png", array, exif=exif)
-    image = read_image(tmp_path / "turned.png", channels=3, image_size=8)
-    assert (image[:, -1] == 255).all() and (image[:, :-1] == 0).all()
-
-
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
-    save(tmp_path / "deep.png", np.full((8, 8), 128 * 257, dtype=np.uint16))
-    assert (read_image(tmp_path / "deep.png", channels=1, image_size=8) == 128).all()
-
-
-def test_palettes_with_transparency_and_bilevel_images(tmp_path):
-    palette = Image.new("P", (8, 8), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    palette.save(tmp_path / "palette.png", transparency=b"\x00\x80")
-    image = read_image(tmp_path / "palette.png", channels=3, image_size=8)
-    assert image[:, 0, 0].tolist() == [10, 20, 30]
-    Image.new("1", (8, 8), 1).save(tmp_path / "bilevel.png")
-    assert (read_image(tmp_path / "bilevel.png", channels=1, image_size=8) == 255).all()
-
-
-def test_read_image_refuses_what_it_cannot_read(tmp_path):
-    Image.new("F", (8, 8)).save(tmp_path / "float.tif")
-    # A decoder that is not on the list is not reached under another name.
-    Image.new("L", (8, 8)).save(tmp_path / "gif.png", format="GIF")
-    (tmp_path / "large.pgm").write_bytes(b"P5 100000 100000 255\n")
-    for name, reason in (
-        ("float.tif", "floating-point"),
-        ("gif.png", "expected one of PNG"),
-        ("large.pgm", "exceeds limit"),
-        ("none.png", "No such file"),
-    ):
-        with pytest.raises(DataError, match=reason) as raised:
-            read_image(tmp_path / name, channels=1, image_size=8)
-        assert name in str(raised.value) and "\n" not in str(raised.value)
 
 
 # torchvision's sets, from made-up files in the official formats

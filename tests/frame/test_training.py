@@ -9,12 +9,12 @@ import torch
 
 from epdistill.augment import Augmentation
 from epdistill.data import DataSet, load
-from epdistill.errors import RunError
+from epdistill.errors import DivergedError, RunError
 from epdistill.recipes import Recipe, load_recipe
 from epdistill.runs import read_metrics
 from epdistill.students.distill import DistillTask, build_student
 from epdistill.teachers.teach import TeachTask, build_teacher, measure
-from epdistill.training import STATE, Batch, DivergedError, Task, cosine, fit, seed_of
+from epdistill.training import STATE, Batch, Task, cosine, fit, seed_of
 
 
 class KilledError(Exception):
