@@ -47,6 +47,8 @@ class Step:
         plus: The phase nudged with +beta (None for the other one-sided sign).
         minus: The phase nudged with -beta (None likewise).
         logits: (N, classes), of the free phase.
+        adjoint_residual: (N,), of the implicit solve where there was one.
+        tipped: (N,) bool, images in another basin; None without two nudged phases.
     """
 
     gradients: Gradients
@@ -54,9 +56,11 @@ class Step:
     plus: Relaxed | None
     minus: Relaxed | None
     logits: Tensor
+    adjoint_residual: Tensor | None = None
+    tipped: Tensor | None = None
 
 
-def _pools(network: Network, states: States, drive: Pooled) -> list[Pooled]:
+def pools_at(network: Network, states: States, drive: Pooled) -> list[Pooled]:
     """P(u_1)..P(u_L) at some states."""
     layers = range(2, network.depth + 1)
     return [drive, *(network.pool(n, network.drive(n, states[n - 2])) for n in layers)]
@@ -135,6 +139,22 @@ def _readout_gradients(
     return weight, bias
 
 
+def tipped_images(free: States, plus: States, minus: States) -> Tensor:
+    """Which images a nudge has pushed into another basin, (N,) bool.
+
+    Near one fixed point the two nudges move the state to opposite sides by
+    equal amounts, so s^+ + s^- - 2 s* is small beside s^+ - s^-. An image is
+    counted as tipped where it is more than half as long, over all layers.
+    """
+
+    def length(parts: States) -> Tensor:
+        return torch.stack([part.flatten(1).square().sum(1) for part in parts]).sum(0).sqrt()
+
+    bend = length([p + m - 2 * s for p, m, s in zip(plus, minus, free, strict=True)])
+    span = length([p - m for p, m in zip(plus, minus, strict=True)])
+    return bend > 0.5 * span
+
+
 @torch.no_grad()
 def ep_step(
     network: Network,
@@ -147,6 +167,7 @@ def ep_step(
     estimator: Estimator = "symmetric",
     sign: int = 1,
     bounded: bool = True,
+    exclude_tipped: bool = False,
 ) -> Step:
     """One step of Equilibrium Propagation on a batch.
 
@@ -160,6 +181,8 @@ def ep_step(
         estimator: Which of the three estimators; random-sign uses `sign`.
         sign: +1 or -1, drawn by the caller for `"random-sign"`.
         bounded: Use the curvature bound in the positive phase.
+        exclude_tipped: Leave images out that a nudge has pushed into another basin; the
+            mean is over those that remain. Symmetric estimator only.
 
     Returns:
         Gradients of the batch-mean loss and the phases they came from.
@@ -185,15 +208,27 @@ def ep_step(
     # Without the opposite phase the free state stands in, and the distance is beta.
     high, low = plus or rest, minus or rest
     gap = 2 * beta if plus and minus else beta
-    pools = [end.pooled or _pools(network, end.states, drive) for end in (high, low)]
+    tipped = None
+    if plus and minus:
+        tipped = tipped_images(rest.states, plus.states, minus.states)
+    count = images.shape[0]
+    if exclude_tipped and tipped is not None and bool(tipped.any()) and not bool(tipped.all()):
+        # Equal states in both phases contribute nothing to the difference.
+        out = tipped.view(-1, 1, 1, 1)
+        levelled = [
+            torch.where(out, lo, hi) for hi, lo in zip(high.states, low.states, strict=True)
+        ]
+        high = Relaxed(levelled, high.certificate)
+        count -= int(tipped.sum())
+    pools = [end.pooled or pools_at(network, end.states, drive) for end in (high, low)]
     weights, biases = phi_difference(
         network, images, high.states, low.states, *pools, dtype=LOW if mixed else None
     )
-    scale = -1 / (gap * images.shape[0])
+    scale = -1 / (gap * count)
     target = make_nudge(network, labels, 0.0).target
     phases = [relaxed.states for relaxed in (plus, minus) if relaxed is not None]
     readout = _readout_gradients(network, phases, target)
     gradients = Gradients(
         tuple(w.mul_(scale) for w in weights), tuple(b.mul_(scale) for b in biases), *readout
     )
-    return Step(gradients, rest, plus, minus, logits)
+    return Step(gradients, rest, plus, minus, logits, tipped=tipped)

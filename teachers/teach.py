@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from epdistill.data import DataSet, Split, to_float
+from epdistill.errors import DivergedError, RecipeError
 from epdistill.recipes import Recipe
 from epdistill.teachers.architecture import Architecture, layers_for
-from epdistill.teachers.learning import Gradients, ep_step
+from epdistill.teachers.health import Watch
+from epdistill.teachers.learning import Gradients, Step, ep_step
 from epdistill.teachers.model import EPCNN
+from epdistill.teachers.rules import bptt_step, implicit_step
 from epdistill.teachers.schedule import Schedule
 from epdistill.training import Batch, cosine, optimiser_state, restore_optimiser, seed_of
 
 EVALUATION_BATCH = 256
+GOOD_EVERY = 50
 
 
 def architecture_for(recipe: Recipe, data: DataSet) -> Architecture:
@@ -93,9 +98,15 @@ def measure(model: EPCNN, split: Split, *, batch_size: int = EVALUATION_BATCH) -
 
 
 class TeachTask:
-    """Equilibrium Propagation as a task of the training loop."""
+    """Teaching an EP-CNN, by EP or another rule, as a task of the training loop."""
 
-    def __init__(self, model: EPCNN, recipe: Recipe, validation: Split) -> None:
+    def __init__(
+        self,
+        model: EPCNN,
+        recipe: Recipe,
+        validation: Split,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.model, self.recipe, self.validation = model, recipe.teacher, validation
         teacher = recipe.teacher
         self.free = model.schedule.with_(
@@ -112,8 +123,6 @@ class TeachTask:
         if len(rates) == 1:
             rates = rates * len(modules)
         if len(rates) != len(modules):
-            from epdistill.errors import RecipeError
-
             raise RecipeError(
                 f"{len(rates)} learning rates for {len(modules)} layers (the readout is the last); "
                 f"expected 1 or {len(modules)}"
@@ -126,14 +135,19 @@ class TeachTask:
             groups, lr=rates[0], momentum=teacher.momentum, weight_decay=teacher.weight_decay
         )
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self.tell = tell
+        self.watch = Watch()
+        self.good: dict[str, Tensor] | None = None
+        self.backed_off = torch.zeros((), dtype=torch.int64)
 
     def _set_rates(self, batch: Batch) -> None:
         # Per epoch, as published; beyond `cosine_epochs` the rate stays at the floor.
         length = self.recipe.cosine_epochs or batch.epochs
+        factor = 0.5 ** int(self.backed_off)
         for group in self.optimiser.param_groups:
             floor = self.recipe.min_learning_rate / group["base"]
             share = batch.step / batch.total * batch.epochs / length
-            group["lr"] = group["base"] * cosine(share, min(floor, 1.0))
+            group["lr"] = factor * group["base"] * cosine(share, min(floor, 1.0))
 
     def _assign(self, gradients: Gradients) -> None:
         for module, weight, bias in zip(
@@ -145,31 +159,68 @@ class TeachTask:
             self.model.readout.bias.grad = gradients.readout_bias
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One EP update."""
+        """One update by the recipe's rule."""
         self._set_rates(batch)
-        sign = 1 if float(torch.rand((), generator=batch.generator)) < 0.5 else -1
-        images = self.model.normalise(batch.images.to(self.model.mean.dtype))
-        result = ep_step(
-            self.model.network(),
-            images,
-            batch.labels,
-            beta=self.recipe.beta,
-            free=self.free,
-            nudged=self.nudged,
-            estimator=self.recipe.estimator,
-            sign=sign,
-            bounded=self.model.schedule.kind == "red-black",
-        )
-        self._assign(result.gradients)
-        self.optimiser.step()
+        result = self._learn(batch)
+        troubles = self.watch.look(result)
+        for trouble in troubles:
+            self.tell(f"step {batch.step + 1}: {trouble.name}: {trouble.message}")
+        if any(trouble.fatal for trouble in troubles):
+            self._step_back(batch, troubles[0].message)
+        else:
+            self._assign(result.gradients)
+            self.optimiser.step()
+            if self.recipe.back_off and batch.step % GOOD_EVERY == 0:
+                self.good = {name: value.clone() for name, value in self._present().items()}
         certificate = result.free.certificate
         loss = torch.nn.functional.cross_entropy(result.logits, batch.labels)
-        return {
+        values = {
             "loss": float(loss),
             "accuracy": float((result.logits.argmax(1) == batch.labels).double().mean()),
             "sweeps": float(certificate.sweeps.double().mean()),
             "converged": float(certificate.converged.double().mean()),
         }
+        if result.tipped is not None:
+            values["tipped"] = float(result.tipped.double().mean())
+        # The loss of a step that was taken back says nothing; a mean must stay finite.
+        return {k: v if isfinite(v) else 0.0 for k, v in values.items()}
+
+    def _learn(self, batch: Batch) -> Step:
+        images = self.model.normalise(batch.images)
+        network, recipe = self.model.network(), self.recipe
+        if recipe.rule == "implicit":
+            return implicit_step(network, images, batch.labels, free=self.free)
+        if recipe.rule == "bptt":
+            sweeps = recipe.nudged_sweeps
+            return bptt_step(network, images, batch.labels, free=self.free, sweeps=sweeps)
+        sign = 1 if float(torch.rand((), generator=batch.generator)) < 0.5 else -1
+        return ep_step(
+            network,
+            images,
+            batch.labels,
+            beta=recipe.beta,
+            free=self.free,
+            nudged=self.nudged,
+            estimator=recipe.estimator,
+            sign=sign,
+            bounded=self.model.schedule.kind == "red-black",
+            exclude_tipped=recipe.tipped == "exclude",
+        )
+
+    def _step_back(self, batch: Batch, reason: str) -> None:
+        """Return to the last good state with halved learning rates, or stop."""
+        if int(self.backed_off) >= self.recipe.back_off or self.good is None:
+            raise DivergedError(
+                f"training diverged at step {batch.step + 1}: {reason}; the last checkpoint is "
+                "kept (back_off in the recipe retries by itself)"
+            )
+        count = self.backed_off + 1
+        self._return_to(self.good)
+        self.backed_off = count
+        self.tell(
+            f"step {batch.step + 1}: back to the last good state, learning rates now "
+            f"{0.5 ** int(count):g} of the recipe's"
+        )
 
     def validate(self) -> dict[str, float]:
         """Accuracy, sweeps and settling on the validation split."""
@@ -180,13 +231,12 @@ class TeachTask:
             "converged": found.converged,
         }
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights and momentum."""
+    def _present(self) -> dict[str, Tensor]:
         weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        return {**weights, **optimiser_state(self.optimiser, self.names)}
+        momentum = optimiser_state(self.optimiser, self.names)
+        return {**weights, **momentum, "backed_off": self.backed_off}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+    def _return_to(self, state: Mapping[str, Tensor]) -> None:
         weights = {
             name.removeprefix("model."): value
             for name, value in state.items()
@@ -194,3 +244,15 @@ class TeachTask:
         }
         self.model.load_state_dict(weights)
         restore_optimiser(self.optimiser, self.names, state)
+        self.backed_off = state["backed_off"].clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, momentum, and the last good state if there may be a way back to it."""
+        good = {f"good.{name}": value for name, value in (self.good or {}).items()}
+        return {**self._present(), **good}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        self._return_to(state)
+        good = {n.removeprefix("good."): v for n, v in state.items() if n.startswith("good.")}
+        self.good = good or None

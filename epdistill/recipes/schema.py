@@ -53,8 +53,14 @@ class TeacherRecipe(_Section):
         check_every: Sweeps between two looks at the residual.
         nudged_sweeps: The most sweeps of each nudged phase.
         nudged_tolerance: Residual at which a nudged phase stops.
+        rule: `ep`, or for comparison `bptt` (backpropagation through the last
+            `nudged_sweeps` sweeps) or `implicit` (the implicit function theorem).
         beta: Nudging strength.
         estimator: `symmetric`, `one-sided` or `random-sign`.
+        tipped: What becomes of images that a nudge pushes into another basin: `keep` or
+            `exclude` them from the gradient (symmetric estimator only).
+        back_off: When training loses its footing, go back to the last good state and halve
+            all learning rates, at most this often; 0 stops instead.
         learning_rates: One per layer, the readout last; a single one serves all.
         momentum: Of stochastic gradient descent.
         weight_decay: On all parameters.
@@ -80,8 +86,11 @@ class TeacherRecipe(_Section):
     check_every: PositiveInt = 5
     nudged_sweeps: PositiveInt = 30
     nudged_tolerance: float = Field(default=1e-5, ge=0.0, le=0.1)
+    rule: Literal["ep", "bptt", "implicit"] = "ep"
     beta: PositiveFloat = 0.5
     estimator: Literal["symmetric", "one-sided", "random-sign"] = "symmetric"
+    tipped: Literal["keep", "exclude"] = "keep"
+    back_off: int = Field(default=0, ge=0, le=20)
     learning_rates: tuple[PositiveFloat, ...] = (0.1,)
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     weight_decay: float = Field(default=3e-4, ge=0.0)

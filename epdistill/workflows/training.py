@@ -75,7 +75,7 @@ def teach(
         folder, config = None, {}
     device = context.torch_device()
     model = build_teacher(recipe, data).to(device, _dtype(recipe))
-    task = TeachTask(model, recipe, data.validation)
+    task = TeachTask(model, recipe, data.validation, context.reporter.line)
     if folder is None:
         described = {
             "architecture": model.architecture.to_dict(),
