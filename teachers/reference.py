@@ -12,6 +12,7 @@ from torch import Tensor
 from epdistill.teachers.energy import Network, States, activate, loss, phi, zero_states
 
 PUBLISHED_SWEEPS = 250
+PUBLISHED_NUDGED = 30
 
 
 def reference_relax(
@@ -53,3 +54,39 @@ def reference_logits(network: Network, images: Tensor, sweeps: int = PUBLISHED_S
     """The published answer for normalised images: (N, classes) after `sweeps` sweeps."""
     states = reference_relax(network, images, sweeps)
     return network.logits(states[-1], states[-2] if len(states) > 1 else images)
+
+
+def reference_gradients(
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    beta: float,
+    sweeps: int = PUBLISHED_SWEEPS,
+    nudged: int = PUBLISHED_NUDGED,
+) -> tuple[States, list[Tensor]]:
+    """One published teaching step: 250 + 30 + 30 sweeps and autograd of Phi in the parameters.
+
+    Args:
+        network: The weights; the cross-entropy readout.
+        images: (N, C, H, W), normalised.
+        labels: (N,) int64.
+        beta: Nudging strength.
+        sweeps: Of the free phase.
+        nudged: Of each nudged phase.
+
+    Returns:
+        The free states, and the gradients of the batch-mean loss in the weights W_1..W_L.
+    """
+    free = reference_relax(network, images, sweeps)
+    high, low = (
+        reference_relax(network, images, nudged, beta=sign * beta, labels=labels, start=free)
+        for sign in (1, -1)
+    )
+    weights = [weight.detach().requires_grad_() for weight in network.weights]
+    biases = [bias.detach().requires_grad_() for bias in network.biases]
+    with torch.enable_grad():
+        live = Network(network.architecture, tuple(weights), tuple(biases))
+        difference = (phi(live, images, high) - phi(live, images, low)).mean() / (2 * beta)
+        found = torch.autograd.grad(difference, [*weights, *biases])
+    return free, [-gradient for gradient in found[: network.depth]]

@@ -363,33 +363,81 @@ def predict(
 
 @app.command()
 def bench(
-    run: Annotated[
-        Path | None, typer.Argument(help="A student's run; the newest without it.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[dynamics] [RUN]",
+            help="A student's run; after the word dynamics a teacher's. The newest without it.",
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", help="Time untrained networks of this recipe instead of a run."),
     ] = None,
     student: Annotated[str | None, typer.Option("--student", help="With --recipe.")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="dynamics: draw it as well.")] = False,
     data_root: RootFlag = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=3, help="Most rounds.")] = 20,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=3, help="Most rounds.")] = None,
     out: OutFlag = None,
     runs: RunsFlag = RUNS,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Time teacher and student per image, interleaved, in one run on this machine."""
-    from epdistill.cli.tables import bench_table
+    """Time teacher and student, or with `dynamics` the variants of the relaxation, in one run."""
+    from epdistill.cli.tables import bench_table, dynamics_table
+    from epdistill.errors import RecipeError
     from epdistill.recipes import load_recipe
-    from epdistill.workflows.deployment import bench as work
 
+    rest = list(words or [])
+    about_dynamics = bool(rest) and rest[0] == "dynamics"
+    if about_dynamics:
+        rest.pop(0)
+    if len(rest) > 1:
+        raise RecipeError(f"received {len(rest)} runs ({' '.join(rest)}); expected one at most")
+    run = Path(rest[0]) if rest else None
     chosen = load_recipe(recipe, {"student.name": student}) if recipe else None
     context = _context(runs, data_root, False, "cpu", quiet)
-    done = work(context, run=run, recipe=chosen, out=out, rounds=rounds)
+    if about_dynamics:
+        from epdistill.workflows.dynamics import dynamics
+
+        measured = dynamics(context, run=run, recipe=chosen, out=out, rounds=rounds or 7, plot=plot)
+        if json:
+            path = str(measured.folder / "dynamics.json")
+            emit_json({"dynamics": path, **measured.content})
+        else:
+            dynamics_table(measured)
+        return
+    from epdistill.workflows.deployment import bench as work
+
+    done = work(context, run=run, recipe=chosen, out=out, rounds=rounds or 20)
     if json:
         emit_json({"bench": str(done.folder / "bench.json"), **done.content})
     else:
         bench_table(done)
+
+
+@app.command("check-theorem")
+def check_theorem(
+    run: Annotated[
+        Path | None, typer.Argument(help="A teacher's run; the newest without it.")
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="Validation images.")] = 20,
+    data_root: RootFlag = None,
+    out: OutFlag = None,
+    runs: RunsFlag = RUNS,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Compare EP with BPTT and the implicit gradient, layer by layer, in float64."""
+    from epdistill.cli.tables import theorem_table
+    from epdistill.workflows.theorem import check
+
+    context = _context(runs, data_root, False, "cpu", quiet)
+    done = check(context, run=run, images=images, out=out)
+    if json:
+        emit_json({"theorem": str(done.folder / "theorem.json"), **done.content})
+    else:
+        theorem_table(done)
 
 
 @app.command()

@@ -8,8 +8,10 @@ from epdistill.cli.output import show_table
 
 if TYPE_CHECKING:
     from epdistill.workflows.deployment import Benched
+    from epdistill.workflows.dynamics import Dynamics
     from epdistill.workflows.evaluation import Evaluated
     from epdistill.workflows.path import Finished
+    from epdistill.workflows.theorem import Checked
 
 
 def _share(row: dict[str, Any]) -> str:
@@ -59,6 +61,66 @@ def bench_table(done: Benched) -> None:
         f"{hardware['torch_threads']} threads",
         ["what", "batch", "ms per image", "times the published teacher"],
         speed_rows(done.content),
+        None,
+    )
+
+
+def dynamics_table(done: Dynamics) -> None:
+    """Ratios to the published algorithm, with quartiles."""
+    content = done.content
+
+    def ratio(key: str) -> str:
+        found = content[key]
+        return f"{found['ratio']:.1f}x ({found['low']:.1f}-{found['high']:.1f})"
+
+    def residual(found: dict[str, float]) -> str:
+        return f"{found['median']:.1e}, worst {found['max']:.1e}"
+
+    shares, reference = content["converged_share"], content["reference_converged_share"]
+    rows = [
+        ["teaching step, mixed precision", ratio("teach_speedup"), ""],
+        ["teaching step, float32", ratio("teach_speedup_float32"), ""],
+        ["inference to its residual, mixed", ratio("infer_speedup"), ""],
+        ["inference to its residual, float32", ratio("infer_speedup_float32"), ""],
+        ["implicit gradient over 70 unrolled", ratio("implicit_gradient_speedup"), ""],
+        ["worst layer's gradient cosine", f"{content['gradient_cosine_min']:.4f}",
+         f"{content['reference_gradient_cosine_min']:.4f}"],
+        *([f"residual, {name}", residual(found), residual(content["reference_residual"])]
+          for name, found in content["residual"].items()),
+        *([f"settled in {sweeps} sweeps", f"{100 * shares[sweeps]:.1f} %",
+           f"{100 * reference[sweeps]:.1f} %"] for sweeps in shares),
+    ]  # fmt: skip
+    hardware = content["hardware"]
+    show_table(
+        f"{done.folder}: {content['model']}, batch {content['batch']}; {hardware['cpu']}, "
+        f"{hardware['torch_threads']} threads",
+        ["", "ours", "published"],
+        rows,
+        None,
+    )
+
+
+def theorem_table(done: Checked) -> None:
+    """Relative error, cosine and sign agreement per layer."""
+    found = done.theorem
+    rows = [
+        [
+            row.estimator if row.beta is None else f"{row.estimator}, beta {row.beta:g}",
+            row.parameter,
+            f"{row.relative_error:.1e}",
+            f"{row.cosine:.6f}",
+            f"{100 * row.sign_agreement:.2f} %",
+            "" if row.beta is None else str(found.tipped[row.beta]),
+        ]
+        for row in found.comparisons
+    ]
+    worst = max((max(moment.relative_error) for moment in found.moments), default=float("nan"))
+    show_table(
+        f"{done.folder}: {found.images} of {found.offered} images settled; against the implicit "
+        f"gradient. EP against BPTT sweep by sweep ({found.synchronous_images} images): "
+        f"largest relative error {worst:.1e}",
+        ["estimator", "parameter", "relative error", "cosine", "same sign", "tipped images"],
+        rows,
         None,
     )
 

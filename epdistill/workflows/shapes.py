@@ -19,8 +19,12 @@ SHAPES = {
 }
 
 
-def stand_in(recipe: Recipe) -> DataSet:
+def stand_in(recipe: Recipe, *, images: int = 16) -> DataSet:
     """Uniform noise with the shapes of the recipe's data set.
+
+    Args:
+        recipe: Names the data set and the seed.
+        images: How many images every split has.
 
     Raises:
         RecipeError: The shapes of the data set are not known without its files.
@@ -32,9 +36,8 @@ def stand_in(recipe: Recipe) -> DataSet:
     channels, size, classes = SHAPES[recipe.data.name]
     size = recipe.data.image_size or size
     generator = torch.Generator().manual_seed(recipe.seed)
-    images = torch.randint(
-        0, 256, (16, channels, size, size), generator=generator, dtype=torch.uint8
-    )
-    split = Split(images, torch.arange(16) % classes)
+    shape = (images, channels, size, size)
+    noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    split = Split(noise, torch.arange(images) % classes)
     names = tuple(str(index) for index in range(classes))
     return DataSet(recipe.data.name, names, split, split, split)
