@@ -274,13 +274,13 @@ def layer_cosines(
     x = double.normalise(images.double())
     exact = Schedule(omega=1.3, tolerance=1e-11, sweeps=5000)
     rest = relax(network, x, exact, start=[state.double() for state in states])
-    ends = [
+    high, low = (
         relax(network, x, exact, start=rest.states, nudge=make_nudge(network, labels, b)).states
         for b in (beta, -beta)
-    ]
+    )
     drive = network.pool(1, network.drive(1, x))
-    high_pools, low_pools = (pools_at(network, end, drive) for end in ends)
-    weights, _ = phi_difference(network, x, *ends, high_pools, low_pools)
+    pools = [pools_at(network, end, drive) for end in (high, low)]
+    weights, _ = phi_difference(network, x, high, low, pools[0], pools[1])
     return [
         float(F.cosine_similarity(-truth.flatten(), mine.double().flatten(), dim=0))
         for truth, mine in zip(weights, found, strict=True)

@@ -195,6 +195,32 @@ def test_bench_predict_report(work: Path, epd: Call) -> None:
     assert "<script" not in page
 
 
+def test_bench_dynamics(work: Path, epd: Call) -> None:
+    outcome = epd("bench", "dynamics", "--rounds", "3", "--plot", "--json", "--quiet")
+    assert outcome.code == 0, outcome.err
+    content = outcome.json
+    for key in (
+        "teach_speedup", "teach_speedup_float32", "infer_speedup", "implicit_gradient_speedup",
+    ):  # fmt: skip
+        assert content[key]["low"] <= content[key]["ratio"] <= content[key]["high"]
+    assert content["gradient_cosine_min"] > 0.95
+    assert content["converged_share"]["250"] == 1.0
+    saved = content["saved_bytes"]
+    assert saved["implicit"] == saved["implicit, twice the sweeps"]
+    assert saved["unrolled 70"] > 1.8 * saved["unrolled 35"]
+    assert (Path(content["dynamics"]).parent / "dynamics.png").stat().st_size > 10_000
+
+
+def test_check_theorem(work: Path, epd: Call) -> None:
+    outcome = epd("check-theorem", "--images", "4", "--json", "--quiet")
+    assert outcome.code == 0, outcome.err
+    content = outcome.json
+    small = [row for row in content["comparisons"] if row["beta"] == 1e-4]
+    assert {row["parameter"] for row in small} == {"weight 1", "weight 2", "readout"}
+    assert all(row["relative_error"] < 1e-3 for row in small)
+    assert (Path(content["theorem"]).parent / "theorem.png").is_file()
+
+
 def test_run_is_the_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epd: Call) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TINY)
@@ -242,6 +268,9 @@ def test_json_is_one_object_and_progress_goes_elsewhere(work: Path, epd: Call) -
         (["predict", "missing.png"], ["missing.png"]),
         (["predict", "runs/tiny-cnn-001/model.onnx"], ["no image"]),
         (["bench", "--recipe", "nope"], ["unknown recipe 'nope'"]),
+        (["bench", "a", "b"], ["expected one at most"]),
+        (["bench", "dynamics", "runs/tiny-cnn-001"], ["student run; expected a teacher"]),
+        (["check-theorem", "runs/tiny-cnn-001"], ["student run; expected a teacher"]),
         (["report", "--runs", "elsewhere"], ["elsewhere"]),
     ],
 )  # fmt: skip
@@ -364,7 +393,16 @@ def test_ctrl_c_is_clean_and_resume_gives_the_same_weights(work: Path) -> None:
 def test_every_command_has_help(epd: Call) -> None:
     top = epd("--help")
     assert top.code == 0
-    for name in ("run", "teach", "distill", "evaluate", "export", "predict", "bench", "report"):
+    for name in (
+        "run",
+        "teach",
+        "distill",
+        "evaluate",
+        "export",
+        "predict",
+        "bench",
+        "check-theorem",
+    ):
         assert re.search(rf"^\s+{name}\s", top.out, re.MULTILINE)
         assert epd(name, "--help").code == 0
     assert epd("--version").out.strip()
