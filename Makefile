@@ -31,11 +31,11 @@ demo: $(STAMP)
 	$(BIN)/epdistill run
 
 test: $(STAMP)
-	$(BIN)/python -P -m pytest -m "not slow"
+	$(BIN)/python -P -m pytest -n auto --dist loadfile -m "not slow"
 
 # What takes longer: the built wheel, every command end to end, killed runs.
 test-slow: $(STAMP)
-	$(BIN)/python -P -m pytest -m slow
+	$(BIN)/python -P -m pytest -n auto -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

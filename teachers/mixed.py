@@ -96,6 +96,10 @@ def coarse_states(
     return [state.to(drive.value.dtype) for state in phase.states]
 
 
+def _same(states: States, others: States) -> bool:
+    return all(state is other for state, other in zip(states, others, strict=True))
+
+
 class DifferencePhase(Phase):
     """A phase whose convolutions see differences from a base only."""
 
@@ -103,11 +107,13 @@ class DifferencePhase(Phase):
         self, network: Network, low: Network, base: Base, states: States, nudge: Nudge | None
     ) -> None:
         self.low, self.base = low, base
-        same = all(state is other for state, other in zip(states, base.states, strict=True))
-        super().__init__(network, base.pooled[0], states, nudge, base.pooled if same else None)
+        at_base = _same(states, base.states)
+        super().__init__(network, base.pooled[0], states, nudge, base.pooled if at_base else None)
 
     def refresh(self) -> None:
-        """Move the base to the present states."""
+        """Move the base to the present states, unless it is there."""
+        if _same(self.states, self.base.states):
+            return
         self.base = make_base(self.network, self.pooled[0], self.states)
         self.pooled = list(self.base.pooled)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from epdistill.cli.output import show_table
 
@@ -14,39 +14,15 @@ if TYPE_CHECKING:
     from epdistill.workflows.theorem import Checked
 
 
-def _share(row: dict[str, Any]) -> str:
-    low, high = row["ci95"]
-    return f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-
-
-def _at(model: dict[str, Any], norm: str, eps: float) -> str:
-    for row in model["worst_case"]:
-        if (row["norm"], row["eps"]) == (norm, eps):
-            return _share(row)
-    return "-"
-
-
-def _threats(models: list[dict[str, Any]]) -> list[list[str]]:
-    """Clean, worst case per norm and radius, corruptions: one column per model."""
-    rows = [["clean", *(_share(model["clean"]) for model in models)]]
-    seen = {(row["norm"], row["eps"]) for model in models for row in model["worst_case"]}
-    for norm, eps in sorted(seen, key=lambda pair: (pair[0] != "linf", pair[1])):
-        shown = f"{255 * eps:.3g}/255" if norm == "linf" else f"{eps:.3g}"
-        label = {"linf": "Linf", "l2": "L2"}[norm]
-        rows.append([f"worst, {label} {shown}", *(_at(m, norm, eps) for m in models)])
-    means = [model["corruption_mean"] for model in models]
-    if all(means):
-        rows.append(["corrupted, mean", *(f"{100 * mean['accuracy']:.1f}" for mean in means)])
-    return rows
-
-
 def evaluation_table(done: Evaluated) -> None:
     """Accuracy in percent under every threat, with Wilson's 95 % interval."""
+    from epdistill.workflows.evaluation import threat_rows
+
     models = done.results["models"]
     show_table(
         f"{done.folder}: accuracy in %, n = {done.results['n']} (95 % interval)",
         ["threat", *(f"{model['name']}" for model in models)],
-        _threats(models),
+        threat_rows(models),
         "epdistill export" if models[-1]["kind"] == "student" else "epdistill bench",
     )
 
@@ -137,6 +113,7 @@ def path_table(finished: Finished) -> None:
         return f"{1e3 * times[(name, 1)]['seconds_per_image']:.2f}"
 
     from epdistill.workflows.deployment import ONNX, PUBLISHED, SETTLED
+    from epdistill.workflows.evaluation import threat_rows
 
     n = finished.evaluated.results["n"]
     rows = [
@@ -148,7 +125,7 @@ def path_table(finished: Finished) -> None:
         ],
         ["same label as the teacher", "", f"{100 * student['agreement']:.1f}", ""],
         *([f"{row[0]} (n = {n})" if i == 0 else row[0], *row[1:]]
-          for i, row in enumerate(_threats(models))),
+          for i, row in enumerate(threat_rows(models))),
         ["ms per image, batch 1", ms(SETTLED), "", ms(ONNX)],
         ["as published, 250 sweeps", ms(PUBLISHED), "", ""],
         [

@@ -165,6 +165,31 @@ def evaluate(
     return Evaluated(folder, summary(evaluation))
 
 
+def threat_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """results.json as text: clean, worst case per norm and radius, corruptions; in percent.
+
+    Args:
+        models: The models of results.json; one column each after the threat's name.
+    """
+
+    def share(row: dict[str, Any]) -> str:
+        low, high = row["ci95"]
+        return f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+    rows = [["clean", *(share(model["clean"]) for model in models)]]
+    cases = [{(row["norm"], row["eps"]): row for row in model["worst_case"]} for model in models]
+    seen = {case for found in cases for case in found}
+    for norm, eps in sorted(seen, key=lambda case: (case[0] != "linf", case[1])):
+        shown = f"Linf {255 * eps:.3g}/255" if norm == "linf" else f"L2 {eps:.3g}"
+        # A model that nothing attacked is not robust: it has no figure.
+        cells = [share(found[norm, eps]) if (norm, eps) in found else "-" for found in cases]
+        rows.append([f"worst, {shown}", *cells])
+    means = [model["corruption_mean"] for model in models]
+    if all(means):
+        rows.append(["corrupted, mean", *(f"{100 * mean['accuracy']:.1f}" for mean in means)])
+    return rows
+
+
 def _common_data(runs: Sequence[Run], context: Context) -> DataSet:
     """The data set that all runs share."""
     prints = {run.config["data"]["test_sha256"]: run for run in runs}

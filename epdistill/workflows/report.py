@@ -9,7 +9,7 @@ from pathlib import Path
 
 from epdistill.runs import Run, atomic_write, read_metrics
 from epdistill.workflows.deployment import Benched, speed_rows
-from epdistill.workflows.evaluation import Evaluated
+from epdistill.workflows.evaluation import Evaluated, threat_rows
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:56rem;padding:0 1rem;color:#222}
@@ -32,11 +32,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
     inner = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll">{inner}</div>'
-
-
-def _percent(row: dict[str, object]) -> str:
-    low, high = row["ci95"]  # type: ignore[misc]
-    return f"{100 * float(row['accuracy']):.1f} ({100 * low:.1f}-{100 * high:.1f})"  # type: ignore[arg-type,has-type]
 
 
 def _runs(runs: Sequence[Run]) -> str:
@@ -79,20 +74,6 @@ def _robustness(evaluated: Evaluated) -> str:
     results = evaluated.results
     models = results["models"]
     head = ["threat", *(f"{model['name']} ({model['kind']})" for model in models)]
-    rows = [["clean", *(_percent(model["clean"]) for model in models)]]
-    seen = {(row["norm"], row["eps"]) for model in models for row in model["worst_case"]}
-    for norm, eps in sorted(seen):
-        cells = []
-        for model in models:
-            found = [r for r in model["worst_case"] if (r["norm"], r["eps"]) == (norm, eps)]
-            cells.append(_percent(found[0]) if found else "not attacked")
-        rows.append([f"{norm} {eps:.4g}", *cells])
-    rows.append(
-        [
-            "corruptions, mean",
-            *(f"{100 * model['corruption_mean']['accuracy']:.1f}" for model in models),
-        ]
-    )
     settings = results["settings"]
     image = base64.b64encode((evaluated.folder / "accuracy-eps.png").read_bytes()).decode()
     return (
@@ -102,7 +83,7 @@ def _robustness(evaluated: Evaluated) -> str:
         f"{settings['pgd']['steps']} steps, {settings['pgd']['restarts']} restart(s); Square: "
         f"{settings['square']['queries']} queries; seed {settings['seed']}. An exported file "
         "gives no gradients: it is attacked by Square and by transfer.</p>"
-        + table(head, rows)
+        + table(head, threat_rows(models))
         + f'<img alt="accuracy against eps" src="data:image/png;base64,{image}">'
     )
 

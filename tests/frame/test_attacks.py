@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,15 +35,6 @@ ATTACKS = [
     pytest.param(pgd_l2, "l2", PGDSettings(steps=8), id="pgd-l2"),
     pytest.param(square_linf, "linf", SquareSettings(queries=40), id="square-linf"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Nets this small run faster on one thread, and many times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def digits() -> tuple[Tensor, Tensor]:

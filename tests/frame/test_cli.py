@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,6 @@ class Outcome:
 Call = Callable[..., Outcome]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def call(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str
 ) -> Outcome:
@@ -87,18 +79,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where the three commands of the mission were typed, with no other argument."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "tiny.toml").write_text(TINY)
-    code = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from epdistill.cli import main\n"
-        "sys.argv = ['epdistill', *sys.argv[1:]]\nmain()"
-    )
     for command in (
         ["teach", "--recipe", "tiny.toml", "--quiet"],
         ["distill", "--student", "cnn", "--quiet"],
         ["export", "--quiet"],
     ):
         result = subprocess.run(
-            [sys.executable, "-P", "-c", code, *command],
+            [sys.executable, "-P", "-m", "epdistill", *command],
             cwd=folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
