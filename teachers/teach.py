@@ -12,7 +12,7 @@ from torch import Tensor
 from epdistill.data import DataSet, Split, to_float
 from epdistill.errors import DivergedError, RecipeError
 from epdistill.recipes import Recipe
-from epdistill.teachers.architecture import Architecture, layers_for
+from epdistill.teachers.architecture import Architecture, LayerSpec, layers_for
 from epdistill.teachers.health import Watch
 from epdistill.teachers.learning import Gradients, Step, ep_step
 from epdistill.teachers.model import EPCNN
@@ -31,16 +31,26 @@ def architecture_for(recipe: Recipe, data: DataSet) -> Architecture:
         RecipeError: The channels do not fit the image size, or mean/std the image channels.
     """
     teacher = recipe.teacher
+    if teacher.layers is not None:
+        layers = tuple(LayerSpec(**layer.model_dump()) for layer in teacher.layers)
+    else:
+        layers = layers_for(data.image_size, width=teacher.width, channels=teacher.channels)
+    if teacher.readout == "mse":
+        size = data.image_size
+        for layer in layers:
+            size = layer.out_size(size)
+        layers = (*layers, LayerSpec(len(data.classes), max(size, 1), padding=0, pool="none"))
     mean = teacher.mean or data.mean
     std = tuple(value * teacher.std_scale for value in teacher.std or data.std)
     return Architecture(
         in_channels=data.channels,
         image_size=data.image_size,
-        layers=layers_for(data.image_size, width=teacher.width, channels=teacher.channels),
+        layers=layers,
         classes=len(data.classes),
         mean=tuple(mean),
         std=std,
         activation=teacher.activation,
+        readout=teacher.readout,
     )
 
 

@@ -367,7 +367,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[dynamics] [RUN]",
-            help="A student's run; after the word dynamics a teacher's. The newest without it.",
+            help="A student's run, the newest without it; after the word dynamics a teacher's, the "
+            "small one that comes with the package without it.",
         ),
     ] = None,
     recipe: Annotated[

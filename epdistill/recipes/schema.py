@@ -33,12 +33,33 @@ class DataRecipe(_Section):
     flip: bool = False
 
 
+class LayerRecipe(_Section):
+    """One layer of an EP-CNN, as `[[teacher.layers]]` in a recipe.
+
+    Attributes:
+        channels: Output channels.
+        kernel: Side of the square kernel; a fully connected layer has that of its input.
+        stride: Of the convolution.
+        padding: Zeros on each side.
+        pool: 2x2 `max` or `average` pool of stride 2, or `none`.
+    """
+
+    channels: PositiveInt
+    kernel: PositiveInt = 3
+    stride: PositiveInt = 1
+    padding: int = Field(default=1, ge=0)
+    pool: Literal["max", "average", "none"] = "max"
+
+
 class TeacherRecipe(_Section):
     """The EP-CNN and how it is taught.
 
     Attributes:
         channels: Channels of every layer; without it `width` doubled per layer, up to four times.
         width: Channels of the first layer where `channels` is absent.
+        layers: Every layer in full, instead of the rule from the image size.
+        readout: `cross-entropy`: a linear readout outside the dynamics; `mse`: a settling
+            output layer on top of the others.
         activation: `half` is clip(h/2, 0, 1), `unit` is clip(h, 0, 1).
         init_scale: Factor on PyTorch's default initial weights.
         std_scale: Factor on the images' standard deviation that they are divided by.
@@ -72,6 +93,8 @@ class TeacherRecipe(_Section):
 
     channels: tuple[PositiveInt, ...] | None = None
     width: PositiveInt = 32
+    layers: tuple[LayerRecipe, ...] | None = None
+    readout: Literal["cross-entropy", "mse"] = "cross-entropy"
     activation: Literal["half", "unit"] = "half"
     init_scale: PositiveFloat = 1.0
     std_scale: PositiveFloat = 1.0

@@ -15,7 +15,7 @@ from epdistill.data import DataSet, to_float
 from epdistill.errors import DataError
 from epdistill.loading import load_teacher
 from epdistill.recipes import Recipe
-from epdistill.runs import new_run_folder, newest_run, open_run, write_json
+from epdistill.runs import new_run_folder, open_run, write_json
 from epdistill.workflows.context import Context, require_finished
 from epdistill.workflows.shapes import stand_in
 
@@ -88,7 +88,7 @@ def dynamics(
 
     Args:
         context: Folders, device, reporter.
-        run: A teacher's run; the newest one without it.
+        run: A teacher's run; the small teacher that comes with the package without it.
         recipe: Time a freshly initialised network of this recipe instead.
         out: Folder for the results; numbered automatically without it.
         rounds: Most measured calls of each variant.
@@ -133,13 +133,29 @@ def _subject(
 
         data = stand_in(recipe, images=256)
         return build_teacher(recipe, data).eval(), data, f"untrained network of {recipe.name}"
-    source = require_finished(
-        open_run(run, "teacher") if run else newest_run(context.runs, "teacher")
-    )
+    if run is None:
+        return _shipped(context)
+    source = require_finished(open_run(run, "teacher"))
     model = load_teacher(source).float()
     if model.readout is None:
         raise DataError(f"{source.path} has an mse readout; expected a cross-entropy one")
     return model, context.data_of(source), source.name
+
+
+def _shipped(context: Context) -> tuple[EPCNN, DataSet, str]:
+    """The teacher of the package, on CIFAR-10 if it is there and on noise otherwise."""
+    from epdistill.recipes import load_recipe
+    from epdistill.teachers.pretrained import shipped_teacher
+
+    model, _ = shipped_teacher()
+    recipe = load_recipe("cifar10-small", environment={})
+    try:
+        data = context.load_data(recipe.data, recipe.seed)
+        return model, data, "shipped teacher on CIFAR-10 test images"
+    except DataError as error:
+        context.reporter.line(f"[dim]{error}")
+        context.reporter.line("no CIFAR-10 here: timing on uniform noise (--data-root DIR)")
+        return model, stand_in(recipe, images=256), "shipped teacher on uniform noise"
 
 
 def _ratio(rows: Sequence[Ratio], name: str) -> dict[str, float]:

@@ -183,7 +183,9 @@ def test_bench_predict_report(work: Path, epd: Call) -> None:
 
 
 def test_bench_dynamics(work: Path, epd: Call) -> None:
-    outcome = epd("bench", "dynamics", "--rounds", "3", "--plot", "--json", "--quiet")
+    outcome = epd(
+        "bench", "dynamics", "runs/tiny-ep-cnn-001", "--rounds", "3", "--plot", "--json", "--quiet"
+    )
     assert outcome.code == 0, outcome.err
     content = outcome.json
     for key in (

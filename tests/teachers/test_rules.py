@@ -227,6 +227,30 @@ def test_every_rule_teaches(rule: str, data: DataSet, tmp_path: Path) -> None:
     )["validation.accuracy"] > max(0.5, before)  # fmt: skip
 
 
+def test_a_recipe_can_spell_out_layers_and_a_settling_output(data: DataSet, tmp_path: Path) -> None:
+    layers = [
+        {"channels": 8, "pool": "average"},
+        {"channels": 16, "kernel": 4, "padding": 0, "pool": "none"},
+        {"channels": 12, "kernel": 1, "padding": 0, "pool": "none"},
+    ]
+    taught = task(
+        data, [],
+        **{
+            "teacher.layers": layers, "teacher.readout": "mse", "teacher.activation": "unit",
+            "teacher.channels": None, "teacher.init_scale": 1.0, "teacher.epochs": 12,
+        },
+    )  # fmt: skip
+    assert taught.model.architecture.shapes == [(8, 4, 4), (16, 1, 1), (12, 1, 1), (10, 1, 1)]
+    assert taught.model.readout is None
+    before = taught.validate()["accuracy"]
+    fit(
+        taught, data.train, tmp_path, title="t", epochs=25, batch_size=16,
+        augmentation=Augmentation(), seed=1, device=torch.device("cpu"),
+    )  # fmt: skip
+    # Chance is 0.1; the squared error learns slowly on 173 images.
+    assert taught.validate()["accuracy"] > max(0.3, before)
+
+
 def poison(taught: TeachTask, at: int) -> None:
     """Make the parameters not finite before step `at`, once."""
     learn = taught._learn

@@ -1,0 +1,40 @@
+"""The small trained teacher that comes with the package, for timings and first steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from typing import Any
+
+from safetensors.torch import load
+
+from epdistill.errors import RunError
+from epdistill.teachers.architecture import Architecture
+from epdistill.teachers.model import EPCNN
+from epdistill.teachers.schedule import Schedule
+
+FOLDER = "shipped"
+
+
+def shipped_teacher() -> tuple[EPCNN, dict[str, Any]]:
+    """An EP-CNN (32-64-128-128) taught on CIFAR-10, and what is recorded about it.
+
+    Returns:
+        The teacher in eval mode, and its `config.json`: recipe, results, checksum.
+
+    Raises:
+        RunError: The installed files are damaged.
+    """
+    folder = resources.files("epdistill.teachers").joinpath(FOLDER)
+    config = json.loads(folder.joinpath("config.json").read_text())
+    data = folder.joinpath("model.safetensors").read_bytes()
+    if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
+        raise RunError(
+            "the teacher that comes with the package is damaged (its SHA-256 does not fit); "
+            "install epdistill again"
+        )
+    model = config["model"]
+    teacher = EPCNN(Architecture.from_dict(model["architecture"]), Schedule(**model["schedule"]))
+    teacher.load_state_dict(load(data))
+    return teacher.eval(), config

@@ -1,0 +1,31 @@
+"""The teacher that comes with the package."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epdistill.errors import RunError
+from epdistill.teachers import pretrained
+
+
+def test_it_settles_and_says_what_it_is() -> None:
+    teacher, config = pretrained.shipped_teacher()
+    channels = [layer.channels for layer in teacher.architecture.layers]
+    assert channels == [32, 64, 128, 128]
+    assert config["recipe"]["data"]["name"] == "cifar10"
+    assert 0.4 < config["results"]["accuracy"] < 1
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    certificate = teacher.relax(images).certificate
+    assert bool(certificate.converged.all())
+    assert teacher(images).shape == (4, 10)
+
+
+def test_a_damaged_copy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Digest:
+        def hexdigest(self) -> str:
+            return "0" * 64
+
+    monkeypatch.setattr(pretrained.hashlib, "sha256", lambda _: Digest())
+    with pytest.raises(RunError, match="install epdistill again"):
+        pretrained.shipped_teacher()
