@@ -82,6 +82,11 @@ def _overrides(section: str, **values: Any) -> dict[str, Any]:
     return {places.get(name, name): value for name, value in values.items()}
 
 
+def _recipe_for(data: str | None) -> str:
+    """The recipe when none is named: one of the data set's own, or the rule from the image size."""
+    return "digits" if data in (None, "digits") else "default"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
@@ -129,7 +134,7 @@ def run_command(
     )
     overrides["student.epochs"] = epochs
     context = _context(runs, data_root, download, device, quiet)
-    finished = run_path(load_recipe(recipe or "digits", overrides), context, out=out)
+    finished = run_path(load_recipe(recipe or _recipe_for(data), overrides), context, out=out)
     if json:
         emit_json(finished.summary)
     else:
@@ -161,7 +166,9 @@ def teach(
         "teacher", data=data, image_size=image_size, epochs=epochs, seed=seed, precision=precision
     )
     context = _context(runs, data_root, download, device, quiet)
-    trained = work(load_recipe(recipe or "digits", overrides), context, out=out, resume=resume)
+    trained = work(
+        load_recipe(recipe or _recipe_for(data), overrides), context, out=out, resume=resume
+    )
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
         return

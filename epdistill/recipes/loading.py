@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from epdistill.errors import RecipeError
 from epdistill.recipes.schema import Recipe
 
-BUNDLED = ("digits", "cifar10", "cifar100", "cifar10-small")
+BUNDLED = ("digits", "cifar10", "cifar100", "cifar10-small", "default")
 PREFIX = "EPDISTILL__"
 
 

@@ -321,6 +321,19 @@ def test_ones_own_images(work: Path, epd: Call) -> None:
     assert predicted.json["predictions"][0]["label"] in ("class0", "class1")
 
 
+def test_ones_own_images_without_a_recipe(work: Path, epd: Call) -> None:
+    """Depth and channels follow the image size."""
+    write_folder(work / "mine", size=20)
+    taught = epd(
+        "teach", "--data", "folder:mine", "--image-size", "32", "--epochs", "1", "--json", "--quiet"
+    )
+    assert taught.code == 0, taught.err
+    config = json.loads((work / taught.json["run"] / "config.json").read_text())
+    channels = [layer["channels"] for layer in config["model"]["architecture"]["layers"]]
+    assert channels == [32, 64, 128, 128]
+    assert config["recipe"]["name"] == "default"
+
+
 @pytest.mark.parametrize("fault", ["one class", "broken", "mixed"])
 def test_bad_folders_of_images(work: Path, epd: Call, fault: str) -> None:
     write_folder(work / "mine", classes=1 if fault == "one class" else 2)
