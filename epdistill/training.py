@@ -211,19 +211,36 @@ def _show(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in short.items())
 
 
-def optimiser_state(optimiser: torch.optim.SGD, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The momentum buffers of SGD by parameter name."""
-    return {
+def model_state(
+    model: torch.nn.Module, optimiser: torch.optim.SGD, names: Mapping[Tensor, str]
+) -> dict[str, Tensor]:
+    """Weights and buffers of a model and the momentum buffers of its SGD, by name.
+
+    Args:
+        model: What learns.
+        optimiser: SGD over its parameters.
+        names: Each parameter's name.
+    """
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    momentum = {
         f"momentum.{names[parameter]}": state["momentum_buffer"]
         for parameter, state in optimiser.state.items()
         if state.get("momentum_buffer") is not None
     }
+    return {**weights, **momentum}
 
 
-def restore_optimiser(
-    optimiser: torch.optim.SGD, names: Mapping[Tensor, str], state: Mapping[str, Tensor]
+def restore_model(
+    model: torch.nn.Module,
+    optimiser: torch.optim.SGD,
+    names: Mapping[Tensor, str],
+    state: Mapping[str, Tensor],
 ) -> None:
-    """Take back what `optimiser_state` gave."""
+    """Take back what `model_state` gave."""
+    prefix = "model."
+    model.load_state_dict(
+        {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
+    )
     for parameter, name in names.items():
         buffer = state.get(f"momentum.{name}")
         if buffer is not None:

@@ -14,7 +14,7 @@ from epdistill.recipes import Recipe
 from epdistill.students.matching import matching_loss, place
 from epdistill.students.model import Student, StudentSpec
 from epdistill.teachers.model import EPCNN
-from epdistill.training import Batch, cosine, optimiser_state, restore_optimiser, seed_of
+from epdistill.training import Batch, cosine, model_state, restore_model, seed_of
 
 EVALUATION_BATCH = 256
 
@@ -68,8 +68,7 @@ def measure(
         images = to_float(split.images[start : start + batch_size].to(device))
         labels = split.labels[start : start + batch_size].to(device)
         states = teacher.relax(images).states
-        below = states[-2] if len(states) > 1 else teacher.normalise(images)
-        theirs = network.logits(states[-1], below).argmax(1)
+        theirs = network.answer(teacher.normalise(images), states).argmax(1)
         landed, logits = student.match(images)
         ours = logits.argmax(1)
         right += int((ours == labels).sum())
@@ -124,8 +123,9 @@ class DistillTask:
         self.student.train()
         images = place(batch.images, self.recipe.inputs, self.recipe.noise_std, batch.generator)
         relaxed = self.teacher.relax(images)
-        below = relaxed.states[-2] if len(relaxed.states) > 1 else self.teacher.normalise(images)
-        teacher_logits = self.teacher.network().logits(relaxed.states[-1], below)
+        teacher_logits = self.teacher.network().answer(
+            self.teacher.normalise(images), relaxed.states
+        )
         settled = relaxed.certificate.converged
         if self.teacher.schedule.tolerance == 0:
             # A fixed number of sweeps promises nothing; every state is the target.
@@ -161,15 +161,8 @@ class DistillTask:
 
     def state(self) -> dict[str, Tensor]:
         """Weights, buffers and momentum."""
-        weights = {f"model.{name}": value for name, value in self.student.state_dict().items()}
-        return {**weights, **optimiser_state(self.optimiser, self.names)}
+        return model_state(self.student, self.optimiser, self.names)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave."""
-        weights = {
-            name.removeprefix("model."): value
-            for name, value in state.items()
-            if name.startswith("model.")
-        }
-        self.student.load_state_dict(weights)
-        restore_optimiser(self.optimiser, self.names, state)
+        restore_model(self.student, self.optimiser, self.names, state)

@@ -155,6 +155,10 @@ class Network:
             return self.drive(self.depth, below).flatten(1)
         return F.linear(top.flatten(1), self.readout_weight, self.readout_bias)
 
+    def answer(self, images: Tensor, states: Sequence[Tensor]) -> Tensor:
+        """The class scores, (N, classes), of states s_1..s_L reached from `images` (= s_0)."""
+        return self.logits(states[-1], states[-2] if len(states) > 1 else images)
+
 
 def activate(h: Tensor, curvature: float) -> Tensor:
     """sigma(h) = clip(h/a, 0, 1)."""

@@ -190,8 +190,7 @@ def ep_step(
     images = images.contiguous(memory_format=torch.channels_last)
     drive = network.pool(1, network.drive(1, images))
     rest = relax(network, images, free, drive=drive)
-    below = rest.states[-2] if network.depth > 1 else images
-    logits = network.logits(rest.states[-1], below)
+    logits = network.answer(images, rest.states)
 
     # Both nudged phases take their differences from the free fixed point.
     mixed = is_mixed(network, nudged)

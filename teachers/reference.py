@@ -52,8 +52,7 @@ def reference_relax(
 
 def reference_logits(network: Network, images: Tensor, sweeps: int = PUBLISHED_SWEEPS) -> Tensor:
     """The published answer for normalised images: (N, classes) after `sweeps` sweeps."""
-    states = reference_relax(network, images, sweeps)
-    return network.logits(states[-1], states[-2] if len(states) > 1 else images)
+    return network.answer(images, reference_relax(network, images, sweeps))
 
 
 def reference_gradients(

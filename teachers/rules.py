@@ -29,8 +29,7 @@ def _free(
     if start is not None:
         schedule = schedule.with_(sweeps=1, tolerance=0.0)
     rest = relax(network, images, schedule, start=start)
-    below = rest.states[-2] if network.depth > 1 else images
-    return rest, network.logits(rest.states[-1], below)
+    return rest, network.answer(images, rest.states)
 
 
 def phi_slope(

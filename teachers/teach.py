@@ -18,7 +18,7 @@ from epdistill.teachers.learning import Gradients, Step, ep_step
 from epdistill.teachers.model import EPCNN
 from epdistill.teachers.rules import bptt_step, implicit_step
 from epdistill.teachers.schedule import Schedule
-from epdistill.training import Batch, cosine, optimiser_state, restore_optimiser, seed_of
+from epdistill.training import Batch, cosine, model_state, restore_model, seed_of
 
 EVALUATION_BATCH = 256
 GOOD_EVERY = 50
@@ -97,8 +97,7 @@ def measure(model: EPCNN, split: Split, *, batch_size: int = EVALUATION_BATCH) -
         images = to_float(split.images[start : start + batch_size].to(device)).to(model.mean.dtype)
         labels = split.labels[start : start + batch_size].to(device)
         relaxed = model.relax(images)
-        below = relaxed.states[-2] if len(relaxed.states) > 1 else model.normalise(images)
-        logits = network.logits(relaxed.states[-1], below)
+        logits = network.answer(model.normalise(images), relaxed.states)
         right += int((logits.argmax(1) == labels).sum())
         sweeps += int(relaxed.certificate.sweeps.sum())
         converged += int(relaxed.certificate.converged.sum())
@@ -242,18 +241,11 @@ class TeachTask:
         }
 
     def _present(self) -> dict[str, Tensor]:
-        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        momentum = optimiser_state(self.optimiser, self.names)
-        return {**weights, **momentum, "backed_off": self.backed_off}
+        learnt = model_state(self.model, self.optimiser, self.names)
+        return {**learnt, "backed_off": self.backed_off}
 
     def _return_to(self, state: Mapping[str, Tensor]) -> None:
-        weights = {
-            name.removeprefix("model."): value
-            for name, value in state.items()
-            if name.startswith("model.")
-        }
-        self.model.load_state_dict(weights)
-        restore_optimiser(self.optimiser, self.names, state)
+        restore_model(self.model, self.optimiser, self.names, state)
         self.backed_off = state["backed_off"].clone()
 
     def state(self) -> dict[str, Tensor]:

@@ -39,8 +39,7 @@ def trace(model: EPCNN, images: Tensor, labels: Tensor, schedule: Schedule) -> d
     def watch(_: int, states: list[Tensor]) -> None:
         seen["energy"].append(energy(network, x, states).numpy())
         seen["residual"].append(residuals(network, x, states).numpy())
-        below = states[-2] if len(states) > 1 else x
-        right = network.logits(states[-1], below).argmax(1) == labels
+        right = network.answer(x, states).argmax(1) == labels
         seen["accuracy"].append(float(right.double().mean()))
         picks = []
         for state in states:
