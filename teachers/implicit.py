@@ -125,9 +125,14 @@ def solve_adjoint(
     return Adjoint(x, relative, steps), pooled
 
 
-def image_gradient(
-    network: Network, images: Tensor, adjoint: Adjoint, pooled: list[Pooled]
-) -> Tensor:
-    """(d^2 Phi/dx ds)^T lambda: the loss's gradient in the normalised images, (N, C, H, W)."""
-    top = network.unpool(1, adjoint.states[0], pooled[0])
+def image_gradient(network: Network, images: Tensor, lowest: Tensor, pooled: Pooled) -> Tensor:
+    """(d^2 Phi/dx ds_1)^T lambda_1: the loss's gradient in the normalised images, (N, C, H, W).
+
+    Args:
+        network: The weights.
+        images: (N, C, H, W), normalised.
+        lowest: lambda_1, shaped like s_1.
+        pooled: P(u_1), which depends on the images alone.
+    """
+    top = network.unpool(1, lowest, pooled)
     return network.feedback(1, top, images.shape[2:])

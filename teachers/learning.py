@@ -25,6 +25,7 @@ from epdistill.teachers.relaxation import is_mixed, relax
 from epdistill.teachers.schedule import Relaxed, Schedule, make_nudge
 
 Estimator = Literal["symmetric", "one-sided", "random-sign"]
+Tipped = Literal["keep", "exclude", "clip"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def phi_difference(
     low_pools: list[Pooled],
     *,
     dtype: torch.dtype | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """dPhi/dtheta(high) - dPhi/dtheta(low), summed over the batch.
 
@@ -91,6 +93,7 @@ def phi_difference(
         high_pools: P(u_1)..P(u_L) at `high`.
         low_pools: The same at `low`.
         dtype: Of the correlations; that of the states without it.
+        weight: (N,), of each image in the sum; 1 without it.
 
     Returns:
         The differences for the weights and for the biases, in the states' dtype.
@@ -98,16 +101,21 @@ def phi_difference(
     weights, biases = [], []
     kind = dtype or images.dtype
     below_high = below_low = images
+    share = None if weight is None else weight.view(-1, 1, 1, 1)
+
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        return a - b if share is None else (a - b).mul_(share)
+
     for n, layer in enumerate(network.architecture.layers, start=1):
         if n == 1:
-            difference = network.unpool(1, high[0] - low[0], high_pools[0])
+            difference = network.unpool(1, apart(high[0], low[0]), high_pools[0])
             pairs = [(images, difference)]
         else:
             up_high = network.unpool(n, high[n - 1], high_pools[n - 1])
             up_low = network.unpool(n, low[n - 1], low_pools[n - 1])
-            difference = up_high - up_low
+            difference = apart(up_high, up_low)
             pairs = [
-                (below_high - below_low, (up_high + up_low).mul_(0.5)),
+                (apart(below_high, below_low), (up_high + up_low).mul_(0.5)),
                 ((below_high + below_low).mul_(0.5), difference),
             ]
         shape = network.weights[n - 1].shape
@@ -139,20 +147,48 @@ def _readout_gradients(
     return weight, bias
 
 
-def tipped_images(free: States, plus: States, minus: States) -> Tensor:
-    """Which images a nudge has pushed into another basin, (N,) bool.
+def _length(parts: States) -> Tensor:
+    """The Euclidean length over all layers, (N,)."""
+    return torch.stack([part.flatten(1).square().sum(1) for part in parts]).sum(0).sqrt()
+
+
+def tipped_images(free: States, plus: States, minus: States) -> tuple[Tensor, Tensor]:
+    """Which images a nudge has pushed into another basin, and how far apart the phases are.
 
     Near one fixed point the two nudges move the state to opposite sides by
     equal amounts, so s^+ + s^- - 2 s* is small beside s^+ - s^-. An image is
     counted as tipped where it is more than half as long, over all layers.
+
+    Returns:
+        (N,) bool, tipped; (N,), the length of s^+ - s^-.
     """
+    bend = _length([p + m - 2 * s for p, m, s in zip(plus, minus, free, strict=True)])
+    span = _length([p - m for p, m in zip(plus, minus, strict=True)])
+    return bend > 0.5 * span, span
 
-    def length(parts: States) -> Tensor:
-        return torch.stack([part.flatten(1).square().sum(1) for part in parts]).sum(0).sqrt()
 
-    bend = length([p + m - 2 * s for p, m, s in zip(plus, minus, free, strict=True)])
-    span = length([p - m for p, m in zip(plus, minus, strict=True)])
-    return bend > 0.5 * span
+def tipped_weights(tipped: Tensor, span: Tensor, treatment: Tipped) -> Tensor | None:
+    """What each image counts in the gradient's sum, so that the rest is divided by N.
+
+    A tipped image's difference is that of two equilibria and not beta times a slope:
+    it is as long as it happens to be. `exclude` leaves it out and lets the others
+    stand for it; `clip` shortens it to the longest of the images that did not tip.
+
+    Args:
+        tipped: (N,) bool.
+        span: (N,), lengths of s^+ - s^-.
+        treatment: What to do.
+
+    Returns:
+        (N,), or None where every image counts once.
+    """
+    if treatment == "keep" or not bool(tipped.any()) or bool(tipped.all()):
+        return None
+    if treatment == "exclude":
+        return (~tipped).to(span.dtype) * (len(tipped) / int((~tipped).sum()))
+    longest = span[~tipped].max()
+    shorter = (longest / span.clamp_min(torch.finfo(span.dtype).tiny)).clamp(max=1.0)
+    return torch.where(tipped, shorter, torch.ones_like(span))
 
 
 @torch.no_grad()
@@ -167,7 +203,7 @@ def ep_step(
     estimator: Estimator = "symmetric",
     sign: int = 1,
     bounded: bool = True,
-    exclude_tipped: bool = False,
+    treat_tipped: Tipped = "keep",
 ) -> Step:
     """One step of Equilibrium Propagation on a batch.
 
@@ -181,8 +217,8 @@ def ep_step(
         estimator: Which of the three estimators; random-sign uses `sign`.
         sign: +1 or -1, drawn by the caller for `"random-sign"`.
         bounded: Use the curvature bound in the positive phase.
-        exclude_tipped: Leave images out that a nudge has pushed into another basin; the
-            mean is over those that remain. Symmetric estimator only.
+        treat_tipped: What becomes of images that a nudge has pushed into another basin (see
+            `tipped_weights`). Symmetric estimator only.
 
     Returns:
         Gradients of the batch-mean loss and the phases they came from.
@@ -207,23 +243,21 @@ def ep_step(
     # Without the opposite phase the free state stands in, and the distance is beta.
     high, low = plus or rest, minus or rest
     gap = 2 * beta if plus and minus else beta
-    tipped = None
+    tipped = weight = None
     if plus and minus:
-        tipped = tipped_images(rest.states, plus.states, minus.states)
-    count = images.shape[0]
-    if exclude_tipped and tipped is not None and bool(tipped.any()) and not bool(tipped.all()):
-        # Equal states in both phases contribute nothing to the difference.
-        out = tipped.view(-1, 1, 1, 1)
-        levelled = [
-            torch.where(out, lo, hi) for hi, lo in zip(high.states, low.states, strict=True)
-        ]
-        high = Relaxed(levelled, high.certificate)
-        count -= int(tipped.sum())
+        tipped, span = tipped_images(rest.states, plus.states, minus.states)
+        weight = tipped_weights(tipped, span, treat_tipped)
     pools = [end.pooled or pools_at(network, end.states, drive) for end in (high, low)]
     weights, biases = phi_difference(
-        network, images, high.states, low.states, *pools, dtype=LOW if mixed else None
+        network,
+        images,
+        high.states,
+        low.states,
+        *pools,
+        dtype=LOW if mixed else None,
+        weight=weight,
     )
-    scale = -1 / (gap * count)
+    scale = -1 / (gap * images.shape[0])
     target = make_nudge(network, labels, 0.0).target
     phases = [relaxed.states for relaxed in (plus, minus) if relaxed is not None]
     readout = _readout_gradients(network, phases, target)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from epdistill.teachers.energy import Network, Pooled, States
 from epdistill.teachers.phase import Phase, pooled_rows, rows_of
-from epdistill.teachers.schedule import Nudge
+from epdistill.teachers.schedule import Nudge, Push
 
 LOW = torch.bfloat16
 
@@ -104,7 +104,7 @@ class DifferencePhase(Phase):
     """A phase whose convolutions see differences from a base only."""
 
     def __init__(
-        self, network: Network, low: Network, base: Base, states: States, nudge: Nudge | None
+        self, network: Network, low: Network, base: Base, states: States, nudge: Nudge | Push | None
     ) -> None:
         self.low, self.base = low, base
         at_base = _same(states, base.states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from epdistill.errors import RecipeError
 from epdistill.teachers.architecture import Architecture
 from epdistill.teachers.energy import Network, States
+from epdistill.teachers.estimate import estimate_adjoint
 from epdistill.teachers.implicit import image_gradient, solve_adjoint
 from epdistill.teachers.relaxation import relax, unrolled
 from epdistill.teachers.schedule import Relaxed, Schedule
 
-GradientKind = Literal["implicit", "unrolled-first", "unrolled-last"]
+GradientKind = Literal["implicit", "ep", "unrolled-first", "unrolled-last"]
 
 
 @dataclass(frozen=True)
@@ -25,27 +26,31 @@ class InputGradient:
 
     Attributes:
         kind: `"implicit"`: through the equilibrium, constant memory;
+            `"ep"`: estimated from two nudged phases of `sweeps` sweeps, constant memory;
             `"unrolled-first"`: through `sweeps` sweeps from zero states, and the
             logits are those after that many sweeps (the published attack);
             `"unrolled-last"`: relax first, then through `sweeps` more sweeps.
-        sweeps: Length of the unroll; unused by `"implicit"`.
+        sweeps: Length of the unroll or of each nudged phase; unused by `"implicit"`.
+        beta: Length of the force of each nudged phase; `"ep"` only.
     """
 
     kind: GradientKind = "implicit"
     sweeps: int = 30
+    beta: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse unknown kinds and empty unrolls."""
-        if self.kind not in ("implicit", "unrolled-first", "unrolled-last"):
+        kinds = get_args(GradientKind)
+        if self.kind not in kinds:
+            raise RecipeError(f"input gradient {self.kind!r}; expected one of {', '.join(kinds)}")
+        if self.sweeps < 1 or not self.beta > 0:
             raise RecipeError(
-                f"input gradient {self.kind!r}; expected implicit, unrolled-first or unrolled-last"
+                f"{self.sweeps} sweeps and beta {self.beta}; expected at least 1 and above 0"
             )
-        if self.sweeps < 1:
-            raise RecipeError(f"an unroll of {self.sweeps} sweeps; expected at least 1")
 
 
 class _Equilibrium(torch.autograd.Function):
-    """images -> s_L (and s_{L-1} for the mse readout), differentiated implicitly."""
+    """images -> s_L (and s_{L-1} for the mse readout), differentiated at the fixed point."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, model: EPCNN) -> tuple[Tensor, Tensor]:
@@ -64,9 +69,17 @@ class _Equilibrium(torch.autograd.Function):
         gradient[-1] = grads[0]
         if len(gradient) > 1:
             gradient[-2] = grads[1]
-        adjoint, pooled = solve_adjoint(network, images, ctx.states, gradient)
-        ctx.model.adjoint_residual = adjoint.residual
-        return image_gradient(network, images, adjoint, pooled), None
+        how, schedule = ctx.model.input_gradient, ctx.model.schedule
+        if how.kind == "ep":
+            nudged = replace(schedule, tolerance=0.0, sweeps=how.sweeps)
+            lowest, drive = estimate_adjoint(
+                network, images, ctx.states, gradient, beta=how.beta, schedule=nudged
+            )
+        else:
+            adjoint, pooled = solve_adjoint(network, images, ctx.states, gradient)
+            ctx.model.adjoint_residual = adjoint.residual
+            lowest, drive = adjoint.states[0], pooled[0]
+        return image_gradient(network, images, lowest, drive), None
 
 
 class EPCNN(nn.Module):
@@ -138,10 +151,10 @@ class EPCNN(nn.Module):
         """The fixed points of images (N, C, H, W) in [0,1], with their certificate."""
         return relax(self.network(), self.normalise(images.detach()), schedule or self.schedule)
 
-    def with_gradient(self, kind: GradientKind, sweeps: int = 30) -> EPCNN:
+    def with_gradient(self, kind: GradientKind, sweeps: int = 30, beta: float = 0.1) -> EPCNN:
         """A view of this model (same parameters) with another input gradient."""
         view = copy.copy(self)
-        view.input_gradient = InputGradient(kind, sweeps)
+        view.input_gradient = InputGradient(kind, sweeps, beta)
         return view
 
     def with_schedule(self, schedule: Schedule) -> EPCNN:
@@ -155,7 +168,7 @@ class EPCNN(nn.Module):
         x = self.normalise(images)
         if not (torch.is_grad_enabled() and x.requires_grad):
             states = relax(self.network(), x.detach(), self.schedule).states
-        elif self.input_gradient.kind == "implicit":
+        elif self.input_gradient.kind in ("implicit", "ep"):
             top, below = _Equilibrium.apply(x, self)
             return self._read(top, below)
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epdistill.teachers.energy import Network, Pooled, States, activate
-from epdistill.teachers.schedule import Nudge
+from epdistill.teachers.schedule import Nudge, Push
 
 
 def _pull(network: Network, nudge: Nudge, top: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class Phase:
         network: Network,
         drive: Pooled,
         states: States,
-        nudge: Nudge | None,
+        nudge: Nudge | Push | None,
         pooled: list[Pooled] | None = None,
     ) -> None:
         self.network = network
@@ -52,8 +52,11 @@ class Phase:
         """dPhi/ds_n at the current states, the nudge included."""
         h = self.pooled[n - 1].value
         if n < self.network.depth:
-            return self.from_above(n).add_(h)
-        if self.nudge is not None:
+            h = self.from_above(n).add_(h)
+        if isinstance(self.nudge, Push):
+            push = self.nudge.forces[n - 1]
+            return h if push is None else h + push
+        if self.nudge is not None and n == self.network.depth:
             return h + _pull(self.network, self.nudge, self.states[-1])
         return h
 
@@ -78,7 +81,7 @@ class Phase:
     def minimiser(self, n: int, h: Tensor) -> Tensor:
         """The minimiser of (a majoriser of) the energy in layer n, given its force."""
         a = self.network.architecture.curvature
-        if n == self.network.depth and self.nudge is not None:
+        if n == self.network.depth and isinstance(self.nudge, Nudge):
             if self.network.readout_weight is None:
                 # The squared error is quadratic in the unit itself: its exact
                 # minimiser is clip((h + beta y) / (a + beta)); h holds beta (y - s).
@@ -120,8 +123,10 @@ class Phase:
         """Drop all images but those at `index`."""
         self.states = [rows_of(state, index) for state in self.states]
         self.pooled = [pooled_rows(pooled, index) for pooled in self.pooled]
-        if self.nudge is not None:
+        if isinstance(self.nudge, Nudge):
             self.nudge = replace(self.nudge, target=self.nudge.target[index])
+        elif self.nudge is not None:
+            self.nudge = Push([f if f is None else rows_of(f, index) for f in self.nudge.forces])
 
 
 def rows_of(tensor: Tensor, index: Tensor) -> Tensor:

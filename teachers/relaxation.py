@@ -22,14 +22,14 @@ from torch import Tensor
 from epdistill.teachers.energy import Network, Pooled, States, activate, zero_states
 from epdistill.teachers.mixed import Base, DifferencePhase, coarse_states, lowered, make_base
 from epdistill.teachers.phase import Phase, rows_of
-from epdistill.teachers.schedule import Certificate, Nudge, Relaxed, Schedule
+from epdistill.teachers.schedule import Certificate, Nudge, Push, Relaxed, Schedule
 
 
 def _begin(
     network: Network,
     drive: Pooled,
     schedule: Schedule,
-    nudge: Nudge | None,
+    nudge: Nudge | Push | None,
     start: States | None,
     base: Base | None,
 ) -> tuple[Phase, int]:
@@ -58,7 +58,7 @@ def relax(
     images: Tensor,
     schedule: Schedule,
     *,
-    nudge: Nudge | None = None,
+    nudge: Nudge | Push | None = None,
     start: States | None = None,
     drive: Pooled | None = None,
     base: Base | None = None,
@@ -134,7 +134,7 @@ def relax(
 
 
 def residuals(
-    network: Network, images: Tensor, states: States, *, nudge: Nudge | None = None
+    network: Network, images: Tensor, states: States, *, nudge: Nudge | Push | None = None
 ) -> Tensor:
     """max over units of |sigma(dPhi/ds) - s| per image, (N,), at the given states."""
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -116,6 +117,20 @@ class Nudge:
     beta: float
     target: Tensor
     bound: float = 0.0
+
+
+@dataclass(frozen=True)
+class Push:
+    """A constant force on the states: the nudge of a loss that is linear in them.
+
+    With E - sum_n <f_n, s_n> in place of E every update stays the exact minimiser, so
+    nothing needs a bound.
+
+    Attributes:
+        forces: f_1..f_L, shaped like the states; None where a layer is left alone.
+    """
+
+    forces: Sequence[Tensor | None]
 
 
 def make_nudge(network: Network, labels: Tensor, beta: float, *, bounded: bool = True) -> Nudge:

@@ -125,7 +125,9 @@ class TeachTask:
             else teacher.teach_tolerance,
         )
         self.nudged = model.schedule.with_(
-            sweeps=teacher.nudged_sweeps, tolerance=teacher.nudged_tolerance
+            sweeps=teacher.nudged_sweeps,
+            tolerance=teacher.nudged_tolerance,
+            omega=teacher.nudged_omega or model.schedule.omega,
         )
         modules = [*model.layers, *([model.readout] if model.readout is not None else [])]
         rates = teacher.learning_rates
@@ -213,7 +215,7 @@ class TeachTask:
             estimator=recipe.estimator,
             sign=sign,
             bounded=self.model.schedule.kind == "red-black",
-            exclude_tipped=recipe.tipped == "exclude",
+            treat_tipped=recipe.tipped,
         )
 
     def _step_back(self, batch: Batch, reason: str) -> None:

@@ -73,13 +73,16 @@ class TeacherRecipe(_Section):
         teach_tolerance: Residual at which the free phase of teaching stops; `tolerance` without it.
         check_every: Sweeps between two looks at the residual.
         nudged_sweeps: The most sweeps of each nudged phase.
+        nudged_omega: Over-relaxation of the nudged phases; `omega` without it. A smaller one
+            leaves the free state's basin less often.
         nudged_tolerance: Residual at which a nudged phase stops.
         rule: `ep`, or for comparison `bptt` (backpropagation through the last
             `nudged_sweeps` sweeps) or `implicit` (the implicit function theorem).
         beta: Nudging strength.
         estimator: `symmetric`, `one-sided` or `random-sign`.
-        tipped: What becomes of images that a nudge pushes into another basin: `keep` or
-            `exclude` them from the gradient (symmetric estimator only).
+        tipped: What becomes of images that a nudge pushes into another basin: `keep` them,
+            `exclude` them from the gradient, or `clip` their difference to the longest
+            of the others (symmetric estimator only).
         back_off: When training loses its footing, go back to the last good state and halve
             all learning rates, at most this often; 0 stops instead.
         learning_rates: One per layer, the readout last; a single one serves all.
@@ -108,11 +111,12 @@ class TeacherRecipe(_Section):
     teach_tolerance: float | None = Field(default=None, ge=0.0, le=0.1)
     check_every: PositiveInt = 5
     nudged_sweeps: PositiveInt = 30
+    nudged_omega: float | None = Field(default=None, gt=0.0, lt=2.0)
     nudged_tolerance: float = Field(default=1e-5, ge=0.0, le=0.1)
     rule: Literal["ep", "bptt", "implicit"] = "ep"
     beta: PositiveFloat = 0.5
     estimator: Literal["symmetric", "one-sided", "random-sign"] = "symmetric"
-    tipped: Literal["keep", "exclude"] = "keep"
+    tipped: Literal["keep", "exclude", "clip"] = "keep"
     back_off: int = Field(default=0, ge=0, le=20)
     learning_rates: tuple[PositiveFloat, ...] = (0.1,)
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -159,15 +163,74 @@ class StudentRecipe(_Section):
     epochs: PositiveInt = 20
 
 
+class FullRecipe(_Section):
+    """Budgets of `--suite full`, as `[evaluate.full]` in a recipe; radii are those of `evaluate`.
+
+    Attributes:
+        steps: PGD steps.
+        restarts: PGD's independent starts.
+        queries: Queries of both Squares per image.
+        apgd_steps: Steps of APGD on the DLR loss.
+        cw_steps: Steps of Carlini and Wagner's attack per value of c.
+        cw_searches: Values of c that it tries per image.
+        deepfool_steps: Steps of DeepFool.
+        noise_samples: Random perturbations per image.
+        hop_skip_jump_queries: Queries of HopSkipJump per image.
+        hop_skip_jump_images: On how many images it runs.
+        autoattack_images: On how many images AutoAttack runs.
+        attack_sweeps: Unrolls that the temporal sweep attacks through.
+        prediction_sweeps: Sweeps after which it reads the answer; the settled one is always read.
+        temporal_images: On how many images.
+        diagnosed_images: On how many images masked gradients and basins are looked for.
+    """
+
+    steps: PositiveInt = 40
+    restarts: PositiveInt = 5
+    queries: PositiveInt = 1000
+    apgd_steps: PositiveInt = 100
+    cw_steps: PositiveInt = 100
+    cw_searches: PositiveInt = 5
+    deepfool_steps: PositiveInt = 50
+    noise_samples: PositiveInt = 100
+    hop_skip_jump_queries: PositiveInt = 2000
+    hop_skip_jump_images: PositiveInt = 20
+    autoattack_images: PositiveInt = 100
+    attack_sweeps: tuple[PositiveInt, ...] = (5, 10, 29, 70)
+    prediction_sweeps: tuple[PositiveInt, ...] = (10, 29, 70, 250)
+    temporal_images: PositiveInt = 100
+    diagnosed_images: PositiveInt = 64
+
+
+class PaperRecipe(_Section):
+    """What `--suite paper` leaves open, as `[evaluate.paper]` in a recipe.
+
+    Attributes:
+        steps: Steps of the adaptive PGD beside the published one.
+        restarts: Its independent starts.
+        queries: Queries of Square per image, in both; 1000 were published.
+        cw_steps: Steps of Carlini and Wagner's attack; the paper does not say.
+        cw_lr: Its step size, in the same way.
+    """
+
+    steps: PositiveInt = 20
+    restarts: PositiveInt = 5
+    queries: PositiveInt = 1000
+    cw_steps: PositiveInt = 50
+    cw_lr: PositiveFloat = 0.01
+
+
 class EvaluateRecipe(_Section):
     """What is attacked, and how hard.
 
     Attributes:
-        limit: Test images attacked and corrupted (the first ones; clean accuracy uses all).
+        limit: Test images that are evaluated, drawn by the seed (the first ones in
+            `--suite paper`).
         linf: Radii of the Linf balls, in units of the [0,1] pixel range.
         l2: Radii of the L2 balls.
-        steps: PGD steps.
-        queries: Queries of the Square attack per image.
+        steps: PGD steps of `--suite quick`.
+        queries: Queries of its Square attack per image.
+        full: Budgets of `--suite full`.
+        paper: Budgets of `--suite paper`.
     """
 
     limit: PositiveInt = 200

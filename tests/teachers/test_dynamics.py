@@ -182,6 +182,8 @@ def test_input_gradients_agree() -> None:
     for kind in ("unrolled-last", "unrolled-first"):
         unrolled = gradient(model.with_gradient(kind, 400))  # type: ignore[arg-type]
         torch.testing.assert_close(unrolled, implicit, atol=1e-8, rtol=1e-6)
+    estimated = gradient(model.with_gradient("ep", 400, beta=1e-4))
+    torch.testing.assert_close(estimated, implicit, atol=1e-7, rtol=1e-5)
     generator = torch.Generator().manual_seed(5)
     direction = torch.randn(images.shape, generator=generator, dtype=images.dtype)
     step = 1e-6
@@ -190,6 +192,35 @@ def test_input_gradients_agree() -> None:
         down = F.cross_entropy(model(images - step * direction), labels, reduction="sum")
     slope = (up - down) / (2 * step)
     torch.testing.assert_close(slope, (implicit * direction).sum(), rtol=1e-4, atol=1e-7)
+
+
+def test_input_gradients_agree_for_a_settling_output() -> None:
+    """The mse readout sends its slope into two layers; EP and implicit agree there too."""
+    layers = (LayerSpec(4), LayerSpec(6), LayerSpec(3, kernel=2, padding=0, pool="none"))
+    architecture = Architecture(1, 8, layers, 3, (0.4,), (0.3,), "half", "mse")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = EPCNN(architecture, SETTLE, init_scale=2.0).double()
+        images = torch.rand(5, 1, 8, 8, dtype=torch.float64)
+    found = []
+    for view in (model, model.with_gradient("ep", 400, beta=1e-4)):
+        x = images.clone().requires_grad_()
+        found += torch.autograd.grad(view(x)[:, 0].sum(), x)
+    assert float(found[0].norm()) > 0
+    torch.testing.assert_close(found[1], found[0], atol=1e-7, rtol=1e-5)
+
+
+def test_an_estimated_gradient_in_float32_points_where_the_implicit_one_does() -> None:
+    """At the default force; an image that no loss pulls at has no gradient."""
+    model = small_model().float()
+    images = inputs(8)[0].float()
+    found = []
+    for view in (model, model.with_gradient("ep")):
+        x = images.clone().requires_grad_()
+        found += torch.autograd.grad(view(x)[1:, 0].sum(), x)
+    assert not found[1][0].any()
+    cosine = F.cosine_similarity(found[0][1:].flatten(1), found[1][1:].flatten(1))
+    assert float(cosine.min()) > 0.9
 
 
 def test_ep_gradient_is_the_gradient_through_the_equilibrium() -> None:

@@ -13,7 +13,7 @@ from epdistill.errors import DivergedError
 from epdistill.recipes import load_recipe
 from epdistill.teachers.architecture import Architecture, LayerSpec, layers_for
 from epdistill.teachers.health import Watch, collapsed_layers
-from epdistill.teachers.learning import ep_step, tipped_images
+from epdistill.teachers.learning import ep_step, tipped_images, tipped_weights
 from epdistill.teachers.mixed import DifferencePhase, lowered, make_base
 from epdistill.teachers.model import EPCNN
 from epdistill.teachers.phase import Phase
@@ -92,9 +92,22 @@ def test_tipped_images_are_those_that_bend() -> None:
     free = [torch.rand(3, 2, 4, 4, generator=generator)]
     move = 0.01 * torch.rand(3, 2, 4, 4, generator=generator)
     plus, minus = [free[0] + move], [free[0] - move]
-    assert tipped_images(free, plus, minus).tolist() == [False] * 3
+    tipped, span = tipped_images(free, plus, minus)
+    assert tipped.tolist() == [False] * 3
+    torch.testing.assert_close(span, 2 * move.flatten(1).norm(dim=1))
     plus[0][1] += 0.5
-    assert tipped_images(free, plus, minus).tolist() == [False, True, False]
+    assert tipped_images(free, plus, minus)[0].tolist() == [False, True, False]
+
+
+def test_what_a_tipped_image_counts() -> None:
+    tipped = torch.tensor([False, True, False, True])
+    span = torch.tensor([1.0, 8.0, 2.0, 0.5])
+    assert tipped_weights(tipped, span, "keep") is None
+    found = [tipped_weights(tipped, span, how) for how in ("exclude", "clip")]  # type: ignore[arg-type]
+    assert found[0] is not None and found[0].tolist() == [2.0, 0.0, 2.0, 0.0]
+    assert found[1] is not None and found[1].tolist() == [1.0, 0.25, 1.0, 1.0]
+    for every in (torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)):
+        assert tipped_weights(every, span, "exclude") is None
 
 
 def test_excluding_tipped_images_is_leaving_them_out() -> None:
@@ -103,13 +116,38 @@ def test_excluding_tipped_images_is_leaving_them_out() -> None:
     images, labels = inputs(24)
     network, x = model.network(), model.normalise(images)
     both = {"beta": 8.0, "free": SETTLE, "nudged": SETTLE}
-    step = ep_step(network, x, labels, **both, exclude_tipped=True)  # type: ignore[arg-type]
+    step = ep_step(network, x, labels, **both, treat_tipped="exclude")  # type: ignore[arg-type]
     assert step.tipped is not None
     keep = ~step.tipped
     assert 0 < int(keep.sum()) < 24, "the case has tipped images and others"
     rest = ep_step(network, x[keep], labels[keep], **both)  # type: ignore[arg-type]
     for found, wanted in zip(step.gradients.weights, rest.gradients.weights, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-10)
+
+
+def test_clipping_changes_only_what_tipped_images_add() -> None:
+    """The clipped gradient is linear in the images' weights."""
+    model = small()
+    images, labels = inputs(24)
+    network, x = model.network(), model.normalise(images)
+    both = {"beta": 8.0, "free": SETTLE, "nudged": SETTLE}
+    kept, clipped, excluded = (
+        ep_step(network, x, labels, **both, treat_tipped=how)  # type: ignore[arg-type]
+        for how in ("keep", "clip", "exclude")
+    )
+    assert kept.tipped is not None and kept.plus is not None and kept.minus is not None
+    share = int((~kept.tipped).sum()) / 24
+    longest = max(g.norm() for g in kept.gradients.weights)
+    for all_in, some, none in zip(
+        kept.gradients.weights, clipped.gradients.weights, excluded.gradients.weights, strict=True
+    ):
+        others = share * none  # what the untipped images add in each of the three
+        assert float((some - others).norm()) <= float((all_in - others).norm()) + 1e-12
+    assert float(longest) > 0
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(kept.gradients.weights, clipped.gradients.weights, strict=True)
+    )
 
 
 def float_model() -> tuple[EPCNN, torch.Tensor, torch.Tensor]:
