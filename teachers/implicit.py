@@ -25,8 +25,12 @@ ITERATIONS = 200
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
-    """Relative residual an attack gradient needs: 1e-4, and 1e-10 where float64 asks for it."""
-    return 1e-10 if dtype == torch.float64 else 1e-4
+    """Relative residual at which the solve stops: 1e-3, and 1e-10 where float64 asks for it.
+
+    On the small teacher of this package 1e-3 leaves 99.9 % of the input gradient's signs
+    and a cosine of .9998 in the worst of 64 images; 1e-2 leaves .993.
+    """
+    return 1e-10 if dtype == torch.float64 else 1e-3
 
 
 @dataclass(frozen=True)

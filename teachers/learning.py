@@ -230,7 +230,7 @@ def ep_step(
 
     # Both nudged phases take their differences from the free fixed point.
     mixed = is_mixed(network, nudged)
-    base = make_base(network, drive, rest.states) if mixed else None
+    base = (rest.base or make_base(network, drive, rest.states)) if mixed else None
     start = base.states if base else rest.states
 
     def phase(strength: float) -> Relaxed:

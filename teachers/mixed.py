@@ -112,10 +112,14 @@ class DifferencePhase(Phase):
 
     def refresh(self) -> None:
         """Move the base to the present states, unless it is there."""
-        if _same(self.states, self.base.states):
+        if self.current_base():
             return
         self.base = make_base(self.network, self.pooled[0], self.states)
         self.pooled = list(self.base.pooled)
+
+    def current_base(self) -> Base | None:
+        """The base, if the states have not left it."""
+        return self.base if _same(self.states, self.base.states) else None
 
     def look(self, n: int) -> Pooled:
         """P(u*_n + W_n * difference), pooled in float32."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from epdistill.teachers.energy import Network, Pooled, States, activate
 from epdistill.teachers.schedule import Nudge, Push
+
+if TYPE_CHECKING:
+    from epdistill.teachers.mixed import Base
 
 
 def _pull(network: Network, nudge: Nudge, top: Tensor) -> Tensor:
@@ -43,6 +47,10 @@ class Phase:
 
     def refresh(self) -> None:
         """Make the next forces exact to the network's dtype; here they always are."""
+
+    def current_base(self) -> Base | None:
+        """The current states as the base of differences; None where forces take none."""
+        return None
 
     def look(self, n: int) -> Pooled:
         """P(u_n) at the current s_{n-1}."""

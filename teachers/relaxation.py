@@ -128,9 +128,11 @@ def relax(
         else:
             batch.synchronous(forces)
     certificate = Certificate(residual, sweeps, residual <= schedule.tolerance)
-    # `pooled` belongs to `final` only if every image was written at the very end.
+    # What the phase holds belongs to `final` only if every image was written at the very end.
     whole = not retired and bool((sweeps == sweep).all())
-    return Relaxed(final, certificate, batch.pooled if whole else None)
+    if not whole:
+        return Relaxed(final, certificate)
+    return Relaxed(batch.states, certificate, batch.pooled, batch.current_base())
 
 
 def residuals(

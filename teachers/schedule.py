@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from epdistill.errors import RecipeError
 from epdistill.teachers.energy import Network, Pooled, States
+
+if TYPE_CHECKING:
+    from epdistill.teachers.mixed import Base
 
 Kind = Literal["red-black", "synchronous"]
 Precision = Literal["full", "mixed"]
@@ -96,11 +99,13 @@ class Relaxed:
         certificate: What is known about them.
         pooled: P(u_1)..P(u_L) at these states where they are at hand: not if images
             were retired at different sweeps.
+        base: In mixed precision, these states as evaluated by `make_base`, where at hand.
     """
 
     states: States
     certificate: Certificate
     pooled: list[Pooled] | None = field(default=None, repr=False)
+    base: Base | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,7 @@ def dynamics_table(done: Dynamics) -> None:
     """Ratios to the published algorithm, with quartiles."""
     content = done.content
 
-    def ratio(key: str) -> str:
-        found = content[key]
+    def ratio(found: dict[str, float]) -> str:
         return f"{found['ratio']:.1f}x ({found['low']:.1f}-{found['high']:.1f})"
 
     def residual(found: dict[str, float]) -> str:
@@ -54,13 +53,14 @@ def dynamics_table(done: Dynamics) -> None:
 
     shares, reference = content["converged_share"], content["reference_converged_share"]
     rows = [
-        ["teaching step, mixed precision", ratio("teach_speedup"), ""],
-        ["teaching step, float32", ratio("teach_speedup_float32"), ""],
-        ["inference to its residual, mixed", ratio("infer_speedup"), ""],
-        ["inference to its residual, float32", ratio("infer_speedup_float32"), ""],
-        ["implicit gradient over 70 unrolled", ratio("implicit_gradient_speedup"), ""],
-        ["worst layer's gradient cosine", f"{content['gradient_cosine_min']:.4f}",
-         f"{content['reference_gradient_cosine_min']:.4f}"],
+        *([f"teaching step, {name}", ratio(found), ""]
+          for name, found in content["teach_speedups"].items()),
+        ["inference to its residual, mixed", ratio(content["infer_speedup"]), ""],
+        ["inference to its residual, float32", ratio(content["infer_speedup_float32"]), ""],
+        ["implicit gradient over 70 unrolled", ratio(content["implicit_gradient_speedup"]), ""],
+        *([f"worst layer's gradient cosine, {name}", f"{min(found):.4f}",
+           f"{content['reference_gradient_cosine_min']:.4f}"]
+          for name, found in content["gradient_cosines"].items()),
         *([f"residual, {name}", residual(found), residual(content["reference_residual"])]
           for name, found in content["residual"].items()),
         *([f"settled in {sweeps} sweeps", f"{100 * shares[sweeps]:.1f} %",
