@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from epdistill.teachers.energy import Network, Pooled, States
+from epdistill.teachers.phase import pools_at
 from epdistill.teachers.relaxation import relax
 from epdistill.teachers.schedule import Push, Schedule
 
@@ -45,6 +46,7 @@ def estimate_adjoint(
         lambda_1, shaped like s_1 and 0 where g is 0, and P(u_1).
     """
     drive = network.pool(1, network.drive(1, images))
+    pooled = pools_at(network, states, drive)
     squares = torch.stack([g.flatten(1).square().sum(1) for g in gradient])
     length = squares.sum(0).sqrt().view(-1, 1, 1, 1)
     scale = beta / length.clamp_min(torch.finfo(length.dtype).tiny)
@@ -56,6 +58,7 @@ def estimate_adjoint(
             sign * scale * g if some else None for g, some in zip(gradient, felt, strict=True)
         ]
         nudge = Push(forces)
-        return relax(network, images, schedule, nudge=nudge, start=states, drive=drive).states[0]
+        end = relax(network, images, schedule, nudge=nudge, start=states, pooled=pooled)
+        return end.states[0]
 
     return (lowest(1) - lowest(-1)) * (length / (2 * beta)), drive

@@ -21,6 +21,7 @@ from torch.nn.grad import conv2d_weight
 
 from epdistill.teachers.energy import Network, Pooled, States
 from epdistill.teachers.mixed import LOW, make_base
+from epdistill.teachers.phase import pools_at
 from epdistill.teachers.relaxation import is_mixed, relax
 from epdistill.teachers.schedule import Relaxed, Schedule, make_nudge
 
@@ -59,12 +60,6 @@ class Step:
     logits: Tensor
     adjoint_residual: Tensor | None = None
     tipped: Tensor | None = None
-
-
-def pools_at(network: Network, states: States, drive: Pooled) -> list[Pooled]:
-    """P(u_1)..P(u_L) at some states."""
-    layers = range(2, network.depth + 1)
-    return [drive, *(network.pool(n, network.drive(n, states[n - 2])) for n in layers)]
 
 
 def phi_difference(
@@ -232,10 +227,11 @@ def ep_step(
     mixed = is_mixed(network, nudged)
     base = (rest.base or make_base(network, drive, rest.states)) if mixed else None
     start = base.states if base else rest.states
+    pooled = base.pooled if base else (rest.pooled or pools_at(network, rest.states, drive))
 
     def phase(strength: float) -> Relaxed:
         nudge = make_nudge(network, labels, strength, bounded=bounded)
-        return relax(network, images, nudged, nudge=nudge, start=start, drive=drive, base=base)
+        return relax(network, images, nudged, nudge=nudge, start=start, pooled=pooled, base=base)
 
     strength = beta if estimator != "random-sign" else beta * sign
     plus = phase(strength) if strength > 0 else None
@@ -247,7 +243,10 @@ def ep_step(
     if plus and minus:
         tipped, span = tipped_images(rest.states, plus.states, minus.states)
         weight = tipped_weights(tipped, span, treat_tipped)
-    pools = [end.pooled or pools_at(network, end.states, drive) for end in (high, low)]
+    pools = [
+        pooled if end is rest else end.pooled or pools_at(network, end.states, drive)
+        for end in (high, low)
+    ]
     weights, biases = phi_difference(
         network,
         images,

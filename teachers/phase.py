@@ -137,6 +137,12 @@ class Phase:
             self.nudge = Push([f if f is None else rows_of(f, index) for f in self.nudge.forces])
 
 
+def pools_at(network: Network, states: States, drive: Pooled) -> list[Pooled]:
+    """P(u_1)..P(u_L) at some states."""
+    layers = range(2, network.depth + 1)
+    return [drive, *(network.pool(n, network.drive(n, states[n - 2])) for n in layers)]
+
+
 def rows_of(tensor: Tensor, index: Tensor) -> Tensor:
     """Some images of a batch, channels-last."""
     # index_select keeps neither layout for certain; the dynamics want channels-last.

@@ -31,12 +31,13 @@ def _begin(
     schedule: Schedule,
     nudge: Nudge | Push | None,
     start: States | None,
+    pooled: list[Pooled] | None,
     base: Base | None,
 ) -> tuple[Phase, int]:
     """The phase before its first counted sweep, and the sweeps already spent on it."""
     begin = start or zero_states(network, drive.value.shape[0])
     if not is_mixed(network, schedule):
-        return Phase(network, drive, begin, nudge), 0
+        return Phase(network, drive, begin, nudge, pooled), 0
     spent = 0
     if start is None:
         spent = min(schedule.coarse, schedule.sweeps)
@@ -61,6 +62,7 @@ def relax(
     nudge: Nudge | Push | None = None,
     start: States | None = None,
     drive: Pooled | None = None,
+    pooled: list[Pooled] | None = None,
     base: Base | None = None,
     watch: Callable[[int, States], None] | None = None,
 ) -> Relaxed:
@@ -74,6 +76,7 @@ def relax(
         start: States to start from; zeros without it. Only ever the state itself
             or its numerical neighbourhood: other starts reach other equilibria.
         drive: P(u_1) of these images if it is at hand (it is the same in every phase).
+        pooled: P(u_1)..P(u_L) at `start` if they are at hand.
         base: `start` as evaluated by `make_base`, if it is at hand; mixed precision only.
         watch: Called as `watch(sweep, states)` before the first sweep and after
             each one, for plots and tests; only with `tolerance` 0.
@@ -84,9 +87,9 @@ def relax(
     """
     images = images.contiguous(memory_format=torch.channels_last)
     if drive is None:
-        drive = network.pool(1, network.drive(1, images))
+        drive = pooled[0] if pooled else network.pool(1, network.drive(1, images))
     count = images.shape[0]
-    batch, spent = _begin(network, drive, schedule, nudge, start, base)
+    batch, spent = _begin(network, drive, schedule, nudge, start, pooled, base)
     device = images.device
     final = [torch.empty_like(state) for state in batch.states]
     residual = torch.full((count,), float("inf"), device=device, dtype=images.dtype)

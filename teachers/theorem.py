@@ -16,8 +16,9 @@ from torch import Tensor
 
 from epdistill.errors import RecipeError
 from epdistill.teachers.energy import Network, States
-from epdistill.teachers.learning import Gradients, ep_step, phi_difference, pools_at
+from epdistill.teachers.learning import Gradients, ep_step, phi_difference
 from epdistill.teachers.model import EPCNN
+from epdistill.teachers.phase import pools_at
 from epdistill.teachers.relaxation import relax
 from epdistill.teachers.rules import bptt_step, implicit_step
 from epdistill.teachers.schedule import Schedule, make_nudge

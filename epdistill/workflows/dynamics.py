@@ -307,7 +307,8 @@ def layer_cosines(
     """
     import copy
 
-    from epdistill.teachers.learning import phi_difference, pools_at
+    from epdistill.teachers.learning import phi_difference
+    from epdistill.teachers.phase import pools_at
     from epdistill.teachers.relaxation import relax
     from epdistill.teachers.schedule import Schedule, make_nudge
 

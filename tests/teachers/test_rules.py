@@ -210,7 +210,8 @@ def test_mixed_precision_settles_and_keeps_the_gradient() -> None:
         for a, b in zip(rest.states, truth.free.states, strict=True)
     )
     if not same:  # another equilibrium: compare with the gradient at our own
-        from epdistill.teachers.learning import phi_difference, pools_at
+        from epdistill.teachers.learning import phi_difference
+        from epdistill.teachers.phase import pools_at
 
         drive = network.pool(1, network.drive(1, x))
         ends = [end.states for end in nudges]
