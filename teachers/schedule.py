@@ -44,7 +44,7 @@ class Schedule:
     sweeps: int = 250
     check_every: int = 5
     precision: Precision = "full"
-    coarse: int = 20
+    coarse: int = 10
 
     def __post_init__(self) -> None:
         """Refuse what cannot relax."""

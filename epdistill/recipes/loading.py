@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from epdistill.errors import RecipeError
 from epdistill.recipes.schema import Recipe
 
-BUNDLED = ("digits", "cifar10", "cifar100", "cifar10-small", "default")
+BUNDLED = ("digits", "cifar10", "cifar100", "cifar10-small", "cifar10-fast", "default")
 PREFIX = "EPDISTILL__"
 
 
