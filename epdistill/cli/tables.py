@@ -12,13 +12,94 @@ if TYPE_CHECKING:
     from epdistill.workflows.evaluation import Evaluated
     from epdistill.workflows.path import Finished
     from epdistill.workflows.theorem import Checked
+    from epdistill.workflows.training import Trained
+
+
+def teacher_table(trained: Trained) -> None:
+    """What a teacher does, what it costs, and what was published of its kind."""
+    results = trained.results
+    percents = {
+        f"test accuracy (n = {results['test_images']})": "accuracy",
+        "test accuracy without noise": "without_noise",
+        "images settled": "converged",
+    }
+    rows = [
+        [what, f"{100 * results[name]:.2f} %"] for what, name in percents.items() if name in results
+    ]
+    published = ", ".join(
+        f"{100 * accuracy:.0f} % ({source})" for source, accuracy in results["published"].items()
+    )
+    rows.append(["published test accuracy, full size", published or "none known"])
+    if "sweeps" in results:
+        rows += [
+            ["sweeps per image", f"{results['sweeps']:.1f}"],
+            ["largest residual", f"{results['residual']:.1e}"],
+        ]
+    rows += [
+        ["parameters", f"{results['parameters']:,}"],
+        ["FLOPs per image", f"{results['flops']:.3g}"],
+        ["seconds", f"{results['seconds']:.0f}"],
+    ]
+    show_table(
+        str(trained.run.path),
+        [trained.run.config["model"]["name"], "value"],
+        rows,
+        "epdistill distill --student resnet18",
+    )
+
+
+def student_table(trained: Trained) -> None:
+    """What a student does, how near it is to its teacher, and what it costs."""
+    from epdistill.workflows.cards import per_layer
+
+    results = trained.results
+    found = results["fidelity"]
+    columns = [found["clean"], found["noise"], found["adversarial"]]
+
+    def shares(field: str) -> list[str]:
+        return [f"{100 * column[field]:.2f} %" for column in columns]
+
+    def layers(field: str) -> list[str]:
+        return [per_layer(column[field]) for column in columns]
+
+    rows = [
+        ["images", *(str(column["images"]) for column in columns)],
+        ["accuracy", *shares("accuracy")],
+        ["teacher's accuracy", *shares("teacher_accuracy")],
+        ["same label as the teacher", *shares("agreement")],
+        ["R² per layer", *layers("r2")],
+        ["cosine per layer", *layers("cosine")],
+        ["calibration error", *shares("ece")],
+        ["parameters", f"{results['parameters']:,}", "", ""],
+        ["FLOPs per image", f"{results['flops']:.3g}", "", ""],
+        ["seconds", f"{results['seconds']:.0f}", "", ""],
+    ]
+    heads = [
+        "test images",
+        f"noise {found['noise']['std']:g}",
+        f"PGD-10 Linf {found['adversarial']['eps']:.3g}",
+    ]
+    show_table(
+        str(trained.run.path),
+        [trained.run.config["model"]["name"], *heads],
+        rows,
+        "epdistill export",
+    )
 
 
 def evaluation_table(done: Evaluated) -> None:
     """Accuracy in percent under every threat, with Wilson's 95 % interval."""
-    from epdistill.workflows.evaluation import threat_rows
+    from epdistill.robustness.tables import published_rows, threat_rows
 
     models = done.results["models"]
+    cells = published_rows(models)
+    if cells:
+        show_table(
+            "published protocol / adaptive: accuracy in %",
+            ["cell", *(f"{model['name']}" for model in models)],
+            cells,
+            None,
+        )
     show_table(
         f"{done.folder}: accuracy in %, n = {done.results['n']} (95 % interval)",
         ["threat", *(f"{model['name']}" for model in models)],
@@ -112,8 +193,8 @@ def path_table(finished: Finished) -> None:
     def ms(name: str) -> str:
         return f"{1e3 * times[(name, 1)]['seconds_per_image']:.2f}"
 
+    from epdistill.robustness.tables import threat_rows
     from epdistill.workflows.deployment import ONNX, PUBLISHED, SETTLED
-    from epdistill.workflows.evaluation import threat_rows
 
     n = finished.evaluated.results["n"]
     rows = [

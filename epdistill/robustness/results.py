@@ -1,70 +1,78 @@
-"""Writing an evaluation down: results.json, results.csv, and accuracy over the radius."""
+"""Writing an evaluation down: results.json and results.csv (docs/results-schema.md)."""
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import platform
-import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchattacks
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from torch import Tensor
 
 from epdistill import __version__
 from epdistill.errors import EvaluationError
 from epdistill.robustness.corruptions import FAMILY
-from epdistill.robustness.guards import LINF, NORMS
 from epdistill.robustness.intervals import wilson
-from epdistill.robustness.outcomes import TRANSFER, Evaluation, SubjectOutcome
+from epdistill.robustness.outcomes import (
+    CorruptionOutcome,
+    Evaluation,
+    SubjectOutcome,
+    TemporalOutcome,
+)
+from epdistill.robustness.published_table import published_table
+from epdistill.robustness.rows import csv_text
+from epdistill.robustness.shares import share
+from epdistill.robustness.temporal import CLEAN, adaptive
+from epdistill.robustness.transfer import transfer_matrix
 from epdistill.runs import atomic_write, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 JSON_NAME = "results.json"
 CSV_NAME = "results.csv"
-COLUMNS = (
-    "example",
-    "model",
-    "attack",
-    "view",
-    "norm",
-    "eps",
-    "success",
-    "perturbation_norm",
-    "attacked",
-)
 
 
 def write_results(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
-    """Write `results.json` and `results.csv` into a folder, each atomically.
-
-    The CSV has one row per example, model and attack (with its view, norm and
-    radius), beginning with the attack `clean`. `success` is 1 where the model is
-    wrong; `attacked` is 0 where the attack was not run because the image was
-    wrong already (see `AttackOutcome`).
+    """Write `results.csv` and then `results.json` into a folder, each atomically.
 
     Args:
         evaluation: What `evaluate` returned.
         folder: Made if missing.
 
     Returns:
-        The paths of the two files.
+        The paths of the JSON and the CSV.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / CSV_NAME, csv_text(evaluation))
     write_json(folder / JSON_NAME, summary(evaluation))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(_rows(evaluation))
-    atomic_write(folder / CSV_NAME, text.getvalue())
     return folder / JSON_NAME, folder / CSV_NAME
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `results.json`.
+
+    Raises:
+        EvaluationError: It is missing, damaged, or of another schema.
+    """
+    path = folder / JSON_NAME
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise EvaluationError(
+            f"{path} cannot be read ({reason}); expected the results of a finished evaluation: "
+            "type `epdistill evaluate`"
+        ) from error
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found != SCHEMA_VERSION:
+        raise EvaluationError(
+            f"{path} has schema version {found}; expected {SCHEMA_VERSION}: evaluate again"
+        )
+    result: dict[str, Any] = content
+    return result
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:
@@ -72,117 +80,83 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
     A model has a `worst_case` row only for a norm and radius at which something
     attacked it, and the row names what did: a model that nothing attacked is not
-    robust. `corruption_mean` averages over corruptions and severities; `error` is
-    the mean corruption error, unnormalised; `gap` is the loss from clean accuracy.
+    robust. `corruption_mean` averages over types and severities, extras apart; `error`
+    is the mean corruption error, unnormalised; `gap` is the loss from clean accuracy.
+    `verdict` is null where masked gradients were not looked for.
     """
-    settings = {
-        **asdict(evaluation.suite),
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "settings": settings_of(evaluation),
+        "versions": versions(),
+        "n": len(evaluation.examples),
+        "skipped": [dict(skip) for skip in evaluation.skipped],
+        "sources": dict(evaluation.sources),
+        "models": [_model(subject) for subject in evaluation.subjects],
+        "transfer": transfer_matrix(evaluation),
+    }
+
+
+def settings_of(evaluation: Evaluation) -> dict[str, Any]:
+    """Every hyperparameter, JSON-ready."""
+    suite = evaluation.suite
+    temporal = suite.temporal()
+    return {
+        **asdict(suite),
+        "attacks": [attack.describe() for attack in suite.attacks()],
+        "published": [attack.describe() for attack in suite.published()],
+        "temporal": None if temporal is None else asdict(temporal),
         "corruption_family": FAMILY,
         "seed": evaluation.seed,
         "batch_size": evaluation.batch_size,
         "limit": evaluation.limit,
-    }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "settings": settings,
-        "versions": _versions(),
-        "n": len(evaluation.examples),
-        "models": [_model(subject) for subject in evaluation.subjects],
+        "subset": evaluation.subset,
     }
 
 
-def plot_accuracy_eps(evaluation: Evaluation, path: Path) -> None:
-    """Draw worst-case accuracy over the radius, one panel per norm, as a PNG.
+def threats(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """One model of results.json in brief: clean, every radius' worst case, corruptions.
 
-    Each model has a line, beginning with its clean accuracy at radius 0, in the
-    band of Wilson's 95 % interval.
-
-    Args:
-        evaluation: What `evaluate` returned.
-        path: The PNG to write, atomically.
-
-    Raises:
-        EvaluationError: Nothing was attacked, so there is no curve.
+    Returns:
+        Rows of `threat` (`"clean"`, `"linf"`, `"l2"`, `"corruptions"`), `eps` (null where
+        there is none), `accuracy`, `ci95`, `n`.
     """
-    radii = [radius for subject in evaluation.subjects for radius in subject.radii()]
-    norms = [norm for norm in NORMS if any(norm == seen for seen, _ in radii)]
-    if not norms:
-        raise EvaluationError(
-            "no attack ran on any model, so there is no curve to draw; expected at least one "
-            "radius in the suite"
-        )
-    figure = Figure(figsize=(5.6 * len(norms), 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(norms), squeeze=False, sharey=True)[0]
-    for norm, axes in zip(norms, panels, strict=True):
-        _panel(evaluation, norm, axes)
-    panels[0].set_ylabel("accuracy under the worst attack (%)", fontsize=12)
-    image = io.BytesIO()
-    # Without matplotlib's version in it, so that equal results are equal files.
-    figure.savefig(image, format="png", metadata={"Software": None})
-    atomic_write(path, image.getvalue())
+
+    def row(threat: str, eps: float | None, found: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: found[key] for key in ("accuracy", "ci95", "n")}
+        return {"threat": threat, "eps": eps, **kept}
+
+    rows = [row("clean", None, model["clean"])]
+    rows += [row(found["norm"], found["eps"], found) for found in model["worst_case"]]
+    rows += [
+        row("corruptions" if mean["family"] == FAMILY else mean["family"], None, mean)
+        for mean in model["corruption_means"]
+        if not mean["extra"]
+    ]
+    return rows
 
 
-def _panel(evaluation: Evaluation, norm: str, axes: Axes) -> None:
-    scale = 255 if norm == LINF else 1
-    markers = "osD^vPX*"
-    for number, subject in enumerate(evaluation.subjects):
-        grid = [eps for seen, eps in subject.radii() if seen == norm]
-        if not grid:
-            continue
-        cells = [_share(subject.clean_wrong)]
-        cells += [_share(subject.broken(norm, eps)) for eps in grid]
-        x = [scale * eps for eps in (0.0, *grid)]
-        # Radius 0 is the clean accuracy, and nothing else.
-        if 0.0 in grid:
-            cells, x = cells[1:], x[1:]
-        white = any(r.attack != TRANSFER and r.view for r in subject.attacks if r.norm == norm)
-        label = subject.name if white else f"{subject.name} (no gradients)"
-        colour = f"C{number % 10}"
-        low = [100 * cell["ci95"][0] for cell in cells]
-        high = [100 * cell["ci95"][1] for cell in cells]
-        y = [100 * cell["accuracy"] for cell in cells]
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        # Hollow and dashed in turn: equal curves (a model and its export) both show.
-        axes.plot(
-            x,
-            y,
-            color=colour,
-            linestyle=("-", "--", "-.", ":")[number % 4],
-            marker=markers[number % len(markers)],
-            markersize=8,
-            markerfacecolor="none",
-            label=label,
-        )
-    axes.set_title(f"{'Linf' if norm == LINF else 'L2'}, n = {len(evaluation.labels)}", fontsize=13)
-    unit = "radius (grey levels of 255)" if norm == LINF else "radius (pixels in [0,1])"
-    axes.set_xlabel(unit, fontsize=12)
-    axes.set_ylim(0, 100)
-    axes.set_xlim(left=0)
-    axes.tick_params(labelsize=11)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=11)
+def versions() -> dict[str, str]:
+    """The versions of what the figures depend on."""
+    found = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "epdistill": __version__,
+    }
+    for package in ("torchattacks", "numpy", "scipy", "pillow", "onnxruntime"):
+        found[package] = metadata.version(package)
+    with suppress(metadata.PackageNotFoundError):
+        found["pyautoattack"] = metadata.version("pyautoattack")
+    return found
 
 
 def _model(subject: SubjectOutcome) -> dict[str, Any]:
-    clean = _share(subject.clean_wrong)
-    corruptions = [
-        {"corruption": row.corruption, "severity": row.severity, **_share(row.wrong)}
-        for row in subject.corruptions
-    ]
-    mean = None
-    if corruptions:
-        accuracy = sum(row["accuracy"] for row in corruptions) / len(corruptions)
-        mean = {
-            "family": FAMILY,
-            "accuracy": accuracy,
-            "error": 1 - accuracy,
-            "gap": clean["accuracy"] - accuracy,
-            "conditions": len(corruptions),
-        }
+    clean = share(subject.clean_wrong)
+    means = _corruption_means(subject.corruptions, clean)
+    plain = [mean for mean in means if mean["family"] == FAMILY and not mean["extra"]]
     return {
         "name": subject.name,
         "kind": subject.kind,
+        "notes": list(subject.notes),
         "clean": clean,
         "attacks": [
             {
@@ -190,8 +164,9 @@ def _model(subject: SubjectOutcome) -> dict[str, Any]:
                 "view": row.view,
                 "norm": row.norm,
                 "eps": row.eps,
-                **_share(row.success),
+                **share(row.success, row.scope),
                 "attacked": int(row.attacked.sum()),
+                "queries": float(row.queries[row.attacked].mean()) if row.attacked.any() else 0.0,
             }
             for row in subject.attacks
         ],
@@ -199,62 +174,93 @@ def _model(subject: SubjectOutcome) -> dict[str, Any]:
             {
                 "norm": norm,
                 "eps": eps,
-                **_share(subject.broken(norm, eps)),
+                **share(subject.broken(norm, eps)),
                 "attacks": _attacks_at(subject, norm, eps),
             }
             for norm, eps in subject.radii()
         ],
-        "corruptions": corruptions,
-        "corruption_mean": mean,
+        "corruptions": [
+            {
+                "family": row.family,
+                "corruption": row.corruption,
+                "severity": row.severity,
+                "extra": row.extra,
+                **share(row.wrong),
+            }
+            for row in subject.corruptions
+        ],
+        "corruption_mean": plain[0] if plain else None,
+        "corruption_means": means,
+        "temporal": _temporal(subject),
+        "published": published_table(subject),
+        "diagnosis": None if subject.diagnosis is None else dict(subject.diagnosis),
+        "verdict": None if subject.diagnosis is None else subject.diagnosis["verdict"],
+        "basins": None if subject.basins is None else dict(subject.basins),
+    }
+
+
+def _corruption_means(
+    rows: Sequence[CorruptionOutcome], clean: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One mean per family, and one for its extras.
+
+    The interval is Wilson's on the mean's share of the n images: the conditions are seen
+    on the same images, so they are not counted as n images more each.
+    """
+    means = []
+    for family, extra in dict.fromkeys((row.family, row.extra) for row in rows):
+        same = [row for row in rows if (row.family, row.extra) == (family, extra)]
+        found = [share(row.wrong) for row in same]
+        accuracy = sum(cell["accuracy"] for cell in found) / len(found)
+        n = found[0]["n"]
+        means.append(
+            {
+                "family": family,
+                "extra": extra,
+                "accuracy": accuracy,
+                "ci95": list(wilson(round(accuracy * n), n)),
+                "n": n,
+                "error": 1 - accuracy,
+                "gap": clean["accuracy"] - accuracy,
+                "conditions": len(found),
+            }
+        )
+    return means
+
+
+def _temporal(subject: SubjectOutcome) -> dict[str, Any] | None:
+    """The sweep: the headline, the worst case over gradients, and the cells.
+
+    The headline is per radius the worst case over the sweep and all other attacks, when
+    settled. `worst` is that over the sweep alone, for each prediction horizon.
+    """
+    if not subject.temporal:
+        return None
+    n, scope = len(subject.clean_wrong), subject.temporal[0].scope
+    attacked = [row for row in subject.temporal if row.gradient != CLEAN]
+    headline, worst = [], []
+    for norm, eps in dict.fromkeys((row.norm, row.eps) for row in attacked):
+        swept = adaptive(attacked, norm, eps, None, n) | subject.broken(norm, eps)
+        headline.append({"norm": norm, "eps": eps, **share(swept, scope)})
+        for sweeps in dict.fromkeys(row.prediction_sweeps for row in attacked):
+            broken = adaptive(attacked, norm, eps, sweeps, n)
+            case = {"norm": norm, "eps": eps, "prediction_sweeps": sweeps}
+            worst.append({**case, **share(broken, scope)})
+    cells = [_temporal_cell(row) for row in subject.temporal]
+    return {"headline": headline, "worst": worst, "cells": cells}
+
+
+def _temporal_cell(row: TemporalOutcome) -> dict[str, Any]:
+    return {
+        "norm": row.norm or None,
+        "eps": row.eps,
+        "gradient": row.gradient,
+        "attack_sweeps": row.attack_sweeps,
+        "prediction_sweeps": row.prediction_sweeps,
+        **share(row.wrong, row.scope),
     }
 
 
 def _attacks_at(subject: SubjectOutcome, norm: str, eps: float) -> list[str]:
     rows = (row for row in subject.attacks if (row.norm, row.eps) == (norm, eps))
     return list(dict.fromkeys(row.attack for row in rows))
-
-
-def _share(wrong: Tensor) -> dict[str, Any]:
-    n = len(wrong)
-    right = n - int(wrong.sum())
-    return {"accuracy": right / n, "ci95": list(wilson(right, n)), "n": n}
-
-
-def _rows(evaluation: Evaluation) -> Iterator[tuple[Any, ...]]:
-    examples = evaluation.examples.tolist()
-    for subject in evaluation.subjects:
-        for example, wrong in zip(examples, subject.clean_wrong.tolist(), strict=True):
-            yield example, subject.name, "clean", "", "", 0.0, int(wrong), 0.0, 1
-        for row in subject.attacks:
-            cells = zip(
-                examples,
-                row.success.tolist(),
-                row.perturbation.tolist(),
-                row.attacked.tolist(),
-                strict=True,
-            )
-            for example, success, reach, attacked in cells:
-                yield (
-                    example,
-                    subject.name,
-                    row.attack,
-                    row.view,
-                    row.norm,
-                    row.eps,
-                    int(success),
-                    reach,
-                    int(attacked),
-                )
-
-
-def _versions() -> dict[str, str]:
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchattacks": str(torchattacks.__version__),
-        "epdistill": __version__,
-    }
-    # Only if a subject ran on it.
-    if "onnxruntime" in sys.modules:
-        versions["onnxruntime"] = str(sys.modules["onnxruntime"].__version__)
-    return versions

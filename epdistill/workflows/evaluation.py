@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from epdistill.data import DataSet
-from epdistill.errors import RunError
-from epdistill.loading import load_student, load_teacher
+from epdistill.data import DataSet, fingerprint
+from epdistill.errors import EpdistillError, RunError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.recipes.loading import validate
-from epdistill.runs import Run, finished_runs, new_run_folder, open_run
-from epdistill.workflows.context import Context, require_finished
+from epdistill.runs import Run, finished_runs, open_run
+from epdistill.workflows.context import Context
+from epdistill.workflows.request import (
+    Asked,
+    chosen_suite,
+    forget,
+    open_journal,
+    unfinished_evaluation,
+)
+from epdistill.workflows.subjects import onnx_subject, run_subject
 
 if TYPE_CHECKING:
+    from epdistill.robustness.corruptions.cifar10c import Cifar10C
     from epdistill.robustness.subjects import Subject
-    from epdistill.teachers.model import EPCNN
+    from epdistill.robustness.suites import QuickSuite
 
 EXPORTED = "model.onnx"
-SHORT_UNROLL, LONG_UNROLL = 5, 30
+BATCH_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -31,47 +38,12 @@ class Evaluated:
     """Where an evaluation was written, and what it says.
 
     Attributes:
-        folder: Holds results.json, results.csv and accuracy-eps.png.
+        folder: Holds results.json, results.csv and the pictures.
         results: The content of results.json.
     """
 
     folder: Path
     results: dict[str, Any]
-
-
-def teacher_views(teacher: EPCNN) -> dict[str, nn.Module]:
-    """The gradients an attacker may use against a teacher.
-
-    Long unrolls saturate and look robust; the implicit gradient and a short
-    unroll see through that. The attack's result is the worst case over all.
-    """
-    return {
-        "implicit": teacher.with_gradient("implicit"),
-        f"unrolled-{SHORT_UNROLL}": teacher.with_gradient("unrolled-first", SHORT_UNROLL),
-        f"unrolled-{LONG_UNROLL}": teacher.with_gradient("unrolled-first", LONG_UNROLL),
-    }
-
-
-def run_subject(run: Run, device: torch.device) -> Subject:
-    """A finished run as the harness sees it."""
-    from epdistill.robustness.subjects import Subject, module_subject
-
-    require_finished(run)
-    if run.kind == "teacher":
-        teacher = load_teacher(run).to(device).requires_grad_(False)
-        return Subject(run.name, "teacher", teacher, teacher_views(teacher), device)
-    student = load_student(run).to(device).requires_grad_(False)
-    return module_subject(run.name, "student", student, device)
-
-
-def onnx_subject(path: Path) -> Subject:
-    """An exported file as the harness sees it: answers, no gradients."""
-    from epdistill.export.runtime import OnnxClassifier
-    from epdistill.robustness.subjects import Subject
-
-    classifier = OnnxClassifier.open_checked(path, threads=torch.get_num_threads())
-    parent = path.parent.name
-    return Subject(f"{parent}/{path.name}" if parent else path.name, "onnx", classifier)
 
 
 def exported_file(run: Run) -> Path:
@@ -101,29 +73,131 @@ def evaluate(
     models: Sequence[Path],
     context: Context,
     *,
+    asked: Asked = Asked(),
     recipe: EvaluateRecipe | None = None,
-    limit: int | None = None,
-    seed: int | None = None,
     out: Path | None = None,
+    resume: bool = False,
 ) -> Evaluated:
-    """Run the quick suite on several models over the same test images.
+    """Run a suite on several models over the same test images.
 
     Args:
-        models: Run folders and `.onnx` files; without any, the newest student, its
-            teacher and its exported file.
+        models: As `Asked.models`, which they replace.
         context: Folders, device, reporter.
+        asked: What is to be evaluated.
         recipe: How hard; that of the first run without it.
-        limit: Test images, overriding the recipe.
-        seed: Of the choice of images and of every attack; the run's own without it.
         out: Folder for the results; numbered automatically without it.
-    """
-    from epdistill.robustness.attacks import PGDSettings, SquareSettings
-    from epdistill.robustness.harness import evaluate as run_harness
-    from epdistill.robustness.results import plot_accuracy_eps, summary, write_results
-    from epdistill.robustness.suites import QuickSuite
+        resume: Go on with the interrupted evaluation in `out`, or with the newest one.
 
-    paths = list(models) or default_models(context)
+    Raises:
+        RunError: Models or data that do not fit together.
+        EvaluationError: A model that cannot be judged, or a folder that cannot be resumed.
+    """
+    from epdistill.robustness.drawing import draw
+    from epdistill.robustness.harness import evaluate as run_harness
+    from epdistill.robustness.journal import read_header, remove
+    from epdistill.robustness.results import summary, write_results
+    from epdistill.robustness.suites import QUICK, find_suite
+
+    asked = replace(asked, models=tuple(models) or asked.models)
+    resumed = unfinished_evaluation(context, out) if resume else None
+    if resumed is not None:
+        asked = asked.over(Asked.from_json(read_header(resumed)))
+    name = find_suite(asked.suite or QUICK).name
+    paths = list(asked.models) or default_models(context)
     device = context.torch_device()
+    subjects, runs = _open(paths, device, thorough=name != QUICK)
+    data = _common_data(runs, context, paths)
+    _check_fit(subjects, data)
+    content = validate(runs[0].config["recipe"], str(runs[0].path))
+    how = recipe or content.evaluate
+    suite = chosen_suite(name, how)
+    seed = content.seed if asked.seed is None else asked.seed
+    limit = min(asked.limit or how.limit, len(data.test))
+    official = _official(asked.corruptions)
+    asked = replace(
+        asked,
+        models=tuple(paths),
+        suite=suite.name,
+        limit=limit,
+        subset=asked.subset or suite.subset(),
+        seed=seed,
+        diagnose=bool(asked.diagnose),
+    )
+    header = _header(asked, suite, subjects, data, device, official)
+    folder, journal = open_journal(header, context, out, resumed)
+    with journal, context.reporter.bar("evaluate", 1) as bar:
+        for note in journal.notes:
+            context.reporter.line(note)
+        context.reporter.line(f"if interrupted: epdistill evaluate --resume --out {folder}")
+        try:
+            evaluation = run_harness(
+                subjects,
+                data.test.images,
+                data.test.labels,
+                suite=suite,
+                limit=limit,
+                subset=asked.subset,
+                seed=seed,
+                batch_size=BATCH_SIZE,
+                progress=lambda what, done, total: bar.at(done, total, what),
+                journal=journal,
+                diagnose=bool(asked.diagnose),
+                official=official,
+            )
+        except EpdistillError:
+            if journal.empty:
+                forget(folder)
+            raise
+        results = summary(evaluation)
+        draw(results, folder)
+        # results.json comes last: with it the evaluation is complete.
+        write_results(evaluation, folder)
+        remove(folder)
+    return Evaluated(folder, results)
+
+
+def _header(
+    asked: Asked,
+    suite: QuickSuite,
+    subjects: Sequence[Subject],
+    data: DataSet,
+    device: torch.device,
+    official: Cifar10C | None,
+) -> dict[str, Any]:
+    """Everything that the figures depend on: a resumed evaluation must agree in all of it."""
+    from epdistill.export.bench import hardware
+    from epdistill.robustness.results import versions
+
+    place = hardware()["cpu"] if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {
+        **asked.to_json(),
+        "settings": asdict(suite),
+        "weights": {subject.name: subject.identity for subject in subjects},
+        "data": fingerprint(data.test),
+        "official": None if official is None else official.describe(),
+        "batch_size": BATCH_SIZE,
+        "device": f"{device.type}: {place}",
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _official(path: Path | None) -> Cifar10C | None:
+    """The published arrays, each read once, so that all have a hash to be compared by."""
+    if path is None:
+        return None
+    from epdistill.robustness.corruptions.cifar10c import open_cifar10c
+
+    arrays = open_cifar10c(path)
+    for name in arrays.names:
+        arrays.load(name, 1, torch.arange(1))
+    return arrays
+
+
+def _open(
+    paths: Sequence[Path], device: torch.device, *, thorough: bool
+) -> tuple[list[Subject], list[Run]]:
+    """What is evaluated, and the runs that tell on which data."""
     subjects, runs = [], []
     for path in paths:
         if path.suffix == ".onnx":
@@ -132,66 +206,18 @@ def evaluate(
                 runs.append(open_run(path.parent))
         else:
             run = open_run(path)
-            subjects.append(run_subject(run, device))
+            subjects.append(run_subject(run, device, thorough=thorough))
             runs.append(run)
+    return subjects, runs
+
+
+def _common_data(runs: Sequence[Run], context: Context, paths: Sequence[Path]) -> DataSet:
+    """The data set that all runs share."""
     if not runs:
         raise RunError(
             f"none of {', '.join(map(str, paths))} lies in a run's folder, so the data set is "
             "unknown; expected at least one run among the models"
         )
-    data = _common_data(runs, context)
-    _check_fit(subjects, data)
-    content = validate(runs[0].config["recipe"], str(runs[0].path))
-    how = recipe or content.evaluate
-    suite = QuickSuite(
-        linf=tuple(how.linf),
-        l2=tuple(how.l2),
-        pgd=PGDSettings(steps=how.steps),
-        square=SquareSettings(queries=how.queries),
-    )
-    with context.reporter.bar("evaluate", 1) as bar:
-        evaluation = run_harness(
-            subjects,
-            data.test.images,
-            data.test.labels,
-            suite=suite,
-            limit=min(limit or how.limit, len(data.test)),
-            seed=content.seed if seed is None else seed,
-            progress=lambda what, done, total: bar.at(done, total, what),
-        )
-    folder = new_run_folder(out, context.runs, "evaluate")
-    write_results(evaluation, folder)
-    plot_accuracy_eps(evaluation, folder / "accuracy-eps.png")
-    return Evaluated(folder, summary(evaluation))
-
-
-def threat_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """results.json as text: clean, worst case per norm and radius, corruptions; in percent.
-
-    Args:
-        models: The models of results.json; one column each after the threat's name.
-    """
-
-    def share(row: dict[str, Any]) -> str:
-        low, high = row["ci95"]
-        return f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-
-    rows = [["clean", *(share(model["clean"]) for model in models)]]
-    cases = [{(row["norm"], row["eps"]): row for row in model["worst_case"]} for model in models]
-    seen = {case for found in cases for case in found}
-    for norm, eps in sorted(seen, key=lambda case: (case[0] != "linf", case[1])):
-        shown = f"Linf {255 * eps:.3g}/255" if norm == "linf" else f"L2 {eps:.3g}"
-        # A model that nothing attacked is not robust: it has no figure.
-        cells = [share(found[norm, eps]) if (norm, eps) in found else "-" for found in cases]
-        rows.append([f"worst, {shown}", *cells])
-    means = [model["corruption_mean"] for model in models]
-    if all(means):
-        rows.append(["corrupted, mean", *(f"{100 * mean['accuracy']:.1f}" for mean in means)])
-    return rows
-
-
-def _common_data(runs: Sequence[Run], context: Context) -> DataSet:
-    """The data set that all runs share."""
     prints = {run.config["data"]["test_sha256"]: run for run in runs}
     if len(prints) > 1:
         names = ", ".join(f"{r.name}: {r.config['data']['name']}" for r in prints.values())
@@ -204,11 +230,14 @@ def _common_data(runs: Sequence[Run], context: Context) -> DataSet:
 
 def _check_fit(subjects: Sequence[Subject], data: DataSet) -> None:
     """Every model takes these images and answers with these classes."""
+    from epdistill.robustness.guards import check_logits
+    from epdistill.robustness.units import named
+
     shape = (1, data.channels, data.image_size, data.image_size)
     for subject in subjects:
-        with torch.no_grad():
-            logits = subject.predict(torch.zeros(shape, device=subject.device))
-        if logits.shape != (1, len(data.classes)):
+        with torch.no_grad(), named(subject.name):
+            logits = check_logits(subject.predict(torch.zeros(shape, device=subject.device)), 1)
+        if logits.shape[1] != len(data.classes):
             raise RunError(
                 f"{subject.name} answers with {logits.shape[1]} classes; {data.name} has "
                 f"{len(data.classes)}: evaluate it on its own data"

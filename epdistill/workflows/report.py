@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from epdistill.robustness.tables import threat_rows
 from epdistill.runs import Run, atomic_write, read_metrics
 from epdistill.workflows.deployment import Benched, speed_rows
-from epdistill.workflows.evaluation import Evaluated, threat_rows
+from epdistill.workflows.evaluation import Evaluated
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:56rem;padding:0 1rem;color:#222}
@@ -75,7 +76,11 @@ def _robustness(evaluated: Evaluated) -> str:
     models = results["models"]
     head = ["threat", *(f"{model['name']} ({model['kind']})" for model in models)]
     settings = results["settings"]
-    image = base64.b64encode((evaluated.folder / "accuracy-eps.png").read_bytes()).decode()
+    images = [
+        f'<img alt="{path.stem}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}">'
+        for path in sorted(evaluated.folder.glob("accuracy-*.png"))
+    ]
     return (
         "<h2>Robustness</h2>"
         f"<p>Accuracy in percent on {results['n']} test images (Wilson 95 % interval), per image "
@@ -84,7 +89,7 @@ def _robustness(evaluated: Evaluated) -> str:
         f"{settings['square']['queries']} queries; seed {settings['seed']}. An exported file "
         "gives no gradients: it is attacked by Square and by transfer.</p>"
         + table(head, threat_rows(models))
-        + f'<img alt="accuracy against eps" src="data:image/png;base64,{image}">'
+        + "".join(images)
     )
 
 

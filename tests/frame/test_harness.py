@@ -16,16 +16,12 @@ from torch.nn import functional as F
 
 from epdistill.errors import EvaluationError
 from epdistill.robustness.attacks import PGDSettings, SquareSettings
+from epdistill.robustness.drawing import draw
 from epdistill.robustness.harness import evaluate
 from epdistill.robustness.intervals import wilson
 from epdistill.robustness.outcomes import AttackOutcome, Evaluation, SubjectOutcome
-from epdistill.robustness.results import (
-    COLUMNS,
-    SCHEMA_VERSION,
-    plot_accuracy_eps,
-    summary,
-    write_results,
-)
+from epdistill.robustness.results import SCHEMA_VERSION, summary, write_results
+from epdistill.robustness.rows import COLUMNS
 from epdistill.robustness.subjects import Subject, module_subject
 from epdistill.robustness.suites import Attack, QuickSuite, find_suite
 
@@ -120,7 +116,8 @@ def test_wilson_refuses_the_impossible(successes, n):
 def test_worst_case_is_per_image_and_monotone_by_hand():
     def row(attack: str, eps: float, success: list[int], norm: str = "linf") -> AttackOutcome:
         flags = torch.tensor(success, dtype=torch.bool)
-        return AttackOutcome(attack, "", norm, eps, flags, flags, torch.zeros(len(success)))
+        zeros = torch.zeros(len(success))
+        return AttackOutcome(attack, "", norm, eps, flags, flags, zeros, flags | True, zeros)
 
     subject = SubjectOutcome(
         "fake",
@@ -386,7 +383,13 @@ def test_bad_arguments_are_refused(digits, nets):
         ([good], images, labels[:3], {}, r"expected \(20,\) int64"),
         ([good], images, labels, {"limit": 0}, "received limit 0"),
         ([good], images, labels, {"batch_size": 0}, "received batch_size 0"),
-        ([good], images, labels, {"suite": "slow"}, "received suite 'slow'; expected one of quick"),
+        (
+            [good],
+            images,
+            labels,
+            {"suite": "slow"},
+            "received suite 'slow'; expected one of quick, paper",
+        ),
         ([good], images, labels + 5, {"suite": SMALL}, "a: received labels 5..14"),
     ]
     for subjects, some_images, some_labels, extra, message in cases:
@@ -402,7 +405,7 @@ def test_bad_arguments_are_refused(digits, nets):
         ({"linf": (0.2, 0.1)}, "expected them increasing"),
         ({"l2": (0.1, 0.1)}, "expected them increasing"),
         ({"linf": (-0.1,)}, "eps = -0.1"),
-        ({"corruptions": ("fog",)}, "corruption 'fog'"),
+        ({"corruptions": ("smog",)}, "corruption 'smog'"),
         ({"severities": (6,)}, "severity 6"),
     ],
 )
@@ -430,8 +433,9 @@ def test_results_json_and_csv_say_the_same(found, tmp_path: Path):
     with csv_path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    attacks = sum(len(model["attacks"]) for model in content["models"])
-    assert len(rows) == 60 * (attacks + len(content["models"]))
+    kinds = ("attacks", "corruptions")
+    counts = [1 + sum(len(model[kind]) for kind in kinds) for model in content["models"]]
+    assert len(rows) == 60 * sum(counts)
     keys = [
         tuple(row[c] for c in ("example", "model", "attack", "view", "norm", "eps")) for row in rows
     ]
@@ -491,18 +495,24 @@ def test_what_nothing_attacked_is_not_called_robust(digits, nets):
     assert model["corruption_mean"] is None
 
 
-def test_plot_is_a_png_and_the_same_twice(found, tmp_path: Path):
-    plot_accuracy_eps(found, tmp_path / "one.png")
-    plot_accuracy_eps(found, tmp_path / "two.png")
-    content = (tmp_path / "one.png").read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 10_000
-    assert content == (tmp_path / "two.png").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
+def test_pictures_are_drawn_and_the_same_twice(found, tmp_path: Path):
+    content = json.loads(json.dumps(summary(found)))
+    one, two = draw(content, tmp_path / "one"), draw(content, tmp_path / "two")
+    assert [path.name for path in one] == [
+        "accuracy-linf.png",
+        "accuracy-l2.png",
+        "transfer-linf.png",
+        "transfer-l2.png",
+        "corruptions-cifar10c-style.png",
+    ]
+    for path, other in zip(one, two, strict=True):
+        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert path.read_bytes() == other.read_bytes()
+        assert path.with_suffix(".svg").is_file()
 
 
-def test_nothing_to_plot_is_said(digits, nets, tmp_path: Path):
+def test_nothing_to_draw_draws_nothing(digits, nets, tmp_path: Path):
     suite = dataclasses.replace(SMALL, linf=(), l2=(), corruptions=())
     subject = module_subject("linear", "student", nets[0])
     found = evaluate([subject], *(part[:10] for part in digits), suite=suite)
-    with pytest.raises(EvaluationError, match="no curve to draw"):
-        plot_accuracy_eps(found, tmp_path / "plot.png")
+    assert draw(summary(found), tmp_path) == [] and not any(tmp_path.iterdir())

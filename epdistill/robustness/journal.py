@@ -1,0 +1,245 @@
+"""What a long evaluation has done so far, on disk, so that a kill loses one unit at most.
+
+The journal is a text file with one line per unit of work (and a first line that
+says what is evaluated):
+
+    CRC-32 of the rest in hexadecimal, a blank, one JSON object
+
+A unit's random numbers come from the evaluation's seed and the unit's own name,
+never from a stream, so it does not matter in which process it is computed. A line
+that a crash cut short does not match its checksum: it is dropped, and its unit
+is computed again.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epdistill.errors import EvaluationError
+
+NAME = "journal.jsonl"
+FORMAT_VERSION = 1
+
+
+class Journal:
+    """Finished units by key; without a file they are only remembered.
+
+    Attributes:
+        notes: What was dropped while reading, one line each.
+    """
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self._units: dict[str, Any] = {}
+        self._file: BinaryIO | None = None
+
+    @classmethod
+    def create(cls, folder: Path, header: Mapping[str, Any]) -> Journal:
+        """Begin a journal in a folder that has none.
+
+        Raises:
+            EvaluationError: There is one already.
+        """
+        path = folder / NAME
+        if path.exists():
+            raise EvaluationError(
+                f"{folder} holds an unfinished evaluation; expected a new folder: continue that "
+                f"one with --resume {folder}, or name another folder"
+            )
+        journal = cls()
+        journal._open(path, "xb")
+        journal._append({"journal": FORMAT_VERSION, "header": dict(header)})
+        return journal
+
+    @classmethod
+    def resume(cls, folder: Path, header: Mapping[str, Any]) -> Journal:
+        """Continue the journal of a folder, if it is about the same evaluation.
+
+        Raises:
+            EvaluationError: No journal, an unreadable one, one that another process is
+                writing, or one about something else.
+        """
+        path = folder / NAME
+        written = read_header(folder)
+        changed = _changed(written, json.loads(_json(dict(header))))
+        if changed:
+            raise EvaluationError(
+                f"{folder} was begun with {'; '.join(changed)}; expected the same settings, models "
+                "and data: leave these flags out, or start a new evaluation"
+            )
+        journal = cls()
+        journal._open(path, "r+b")
+        assert journal._file is not None
+        content = journal._file.read()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            journal.notes.append(f"{path}: the last line was cut short; its unit is done again")
+        # The next line must begin on a line of its own.
+        journal._file.truncate(end)
+        journal._file.seek(end)
+        for number, line in enumerate(content[:end].splitlines()[1:], start=2):
+            entry = _parse(line)
+            if entry is None or "unit" not in entry:
+                journal.notes.append(f"{path}: line {number} is damaged; its unit is done again")
+            else:
+                journal._units[entry["unit"]] = entry["found"]
+        return journal
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, which also lets other processes resume it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no unit is finished."""
+        return not self._units
+
+    def get(self, key: str) -> Any:
+        """What was found in a unit; None if it is still to be done."""
+        return self._units.get(key)
+
+    def put(self, key: str, found: Any) -> None:
+        """Remember a unit, on disk before this returns."""
+        self._units[key] = found
+        self._append({"unit": key, "found": found})
+
+    def _open(self, path: Path, mode: str) -> None:
+        file: BinaryIO = path.open(mode)  # type: ignore[assignment]
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise EvaluationError(
+                f"another process is writing {path}; expected to be alone: wait for it to end"
+            ) from error
+        self._file = file
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        text = _json(entry).encode()
+        self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What the evaluation in a folder is about.
+
+    Raises:
+        EvaluationError: There is no journal, or its first line is damaged.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        why = "is complete" if (folder / "results.json").is_file() else f"has no {NAME}"
+        raise EvaluationError(
+            f"{folder} {why}; expected an unfinished evaluation to resume: start a new one "
+            "without --resume"
+        )
+    with path.open("rb") as file:
+        entry = _parse(file.readline().rstrip(b"\n"))
+    if entry is None or entry.get("journal") != FORMAT_VERSION:
+        raise EvaluationError(
+            f"the first line of {path} is damaged or of another version; expected a journal of "
+            f"version {FORMAT_VERSION}: start a new evaluation"
+        )
+    header: dict[str, Any] = entry["header"]
+    return header
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder's journal, once its results are written."""
+    (folder / NAME).unlink(missing_ok=True)
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of some tensors' shapes, types and bytes."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def pack_bits(flags: Tensor) -> str:
+    """A bool tensor (n,) as text."""
+    return _text(np.packbits(flags.cpu().numpy()).tobytes())
+
+
+def unpack_bits(text: str, n: int) -> Tensor:
+    """The bool tensor (n,) that `pack_bits` was given."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n)
+    return torch.from_numpy(bits.astype(bool))
+
+
+def pack_floats(values: Tensor) -> str:
+    """A float64 tensor (n,) as text, exactly."""
+    return _text(zlib.compress(values.cpu().double().numpy().astype("<f8").tobytes()))
+
+
+def unpack_floats(text: str) -> Tensor:
+    """The float64 tensor (n,) that `pack_floats` was given."""
+    data = zlib.decompress(base64.b64decode(text))
+    return torch.from_numpy(np.frombuffer(data, "<f8").astype(np.float64))
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The object on a line; None if the line is damaged."""
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        return None
+    content = json.loads(text)
+    return content if isinstance(content, dict) else None
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Which settings differ, in words."""
+    was, now = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key} = {json.dumps(was.get(key))}, not {json.dumps(now.get(key))}"
+        for key in dict.fromkeys((*was, *now))
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """What is not a mapping itself, with its dotted path."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield above + key, value

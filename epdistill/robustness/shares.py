@@ -1,0 +1,28 @@
+"""Accuracies with their intervals, and threat models in words, as they stand in the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from epdistill.robustness.guards import LINF
+from epdistill.robustness.intervals import wilson
+
+
+def share(wrong: Tensor, scope: Tensor | None = None) -> dict[str, Any]:
+    """Accuracy, its Wilson 95 % interval, and n.
+
+    Args:
+        wrong: (N,) bool.
+        scope: (N,) bool, the images to count; all without it.
+    """
+    counted = wrong if scope is None else wrong[scope]
+    n = len(counted)
+    right = n - int(counted.sum())
+    return {"accuracy": right / n, "ci95": list(wilson(right, n)), "n": n}
+
+
+def ball(norm: str, eps: float) -> str:
+    """A threat model in words: `Linf 8/255`, `L2 0.5`."""
+    return f"Linf {255 * eps:.3g}/255" if norm == LINF else f"L2 {eps:.3g}"

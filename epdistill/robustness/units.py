@@ -1,0 +1,171 @@
+"""Units of work: what is computed at once, judged, and remembered if the process dies."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epdistill.errors import EpdistillError, EvaluationError
+from epdistill.robustness.guards import check_logits, derive_seed
+from epdistill.robustness.journal import Journal
+from epdistill.robustness.subjects import Predict, Subject
+from epdistill.robustness.suites import QuickSuite
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What all subjects face.
+
+    Attributes:
+        images: (N,C,H,W) uint8, CPU.
+        labels: (N,) int64, CPU.
+        examples: (N,) int64, the images' numbers in their data set.
+        suite: The attacks and corruptions.
+        seed: Of everything random.
+        batch_size: Images per unit.
+    """
+
+    images: Tensor
+    labels: Tensor
+    examples: Tensor
+    suite: QuickSuite
+    seed: int
+    batch_size: int
+
+    @property
+    def n(self) -> int:
+        """The number of images."""
+        return len(self.images)
+
+    def unit_images(self, part: Tensor) -> Tensor:
+        """Some images, given by their rows (n,), as float32 (n,C,H,W) in [0,1]."""
+        return self.images[part].float() / 255
+
+    def first(self, count: int | None) -> Tensor:
+        """(N,) bool: the first `count` images of the task, all without a count."""
+        scope = torch.zeros(self.n, dtype=torch.bool)
+        scope[: self.n if count is None else count] = True
+        return scope
+
+
+class Meter:
+    """Counts work and tells whoever asked."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def add(self, what: str, work: int) -> None:
+        """`work` is done (0: something has begun), in forward passes per image."""
+        self._done += work
+        if self._progress is not None:
+            self._progress(what, self._done, self._total)
+
+
+class Units:
+    """Runs units of work, each with random numbers of its own, or recalls them.
+
+    Args:
+        task: What is evaluated.
+        journal: Where finished units are.
+        meter: Told about work done.
+        devices: Where models may draw random numbers.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        journal: Journal,
+        meter: Meter,
+        devices: Sequence[torch.device | str] = (),
+    ) -> None:
+        self.task, self.journal, self.meter = task, journal, meter
+        self._devices = tuple(devices)
+
+    def run(self, key: Sequence[str | float | None], work: Callable[[], Any]) -> Any:
+        """The JSON-ready result of `work`, from the journal if it is there.
+
+        Args:
+            key: Names the unit; also the seed of the random numbers that models draw.
+            work: Computes it.
+        """
+        name = json.dumps(list(key))
+        found = self.journal.get(name)
+        if found is None:
+            with own_rng(self._devices, derive_seed(self.task.seed, "models", name)):
+                # As it will be read from the journal.
+                found = json.loads(json.dumps(work(), allow_nan=False))
+            self.journal.put(name, found)
+        return found
+
+    def batches(self, chosen: Tensor, cost: int, what: str) -> Iterator[Tensor]:
+        """The rows of the chosen images, (N,) bool, in batches; work is counted as it is done."""
+        numbers = chosen.nonzero().flatten()
+        self.meter.add(what, cost * (self.task.n - len(numbers)))
+        for part in split(numbers, self.task.batch_size):
+            yield part
+            self.meter.add(what, cost * len(part))
+
+    def wrong(self, subject: Subject, predict: Predict, images: Tensor, labels: Tensor) -> Tensor:
+        """Where `predict` errs on images (n,C,H,W) uint8, in batches: (n,) bool."""
+        parts = split(torch.arange(len(images)), self.task.batch_size)
+        found = [errs(subject, predict, images[p].float() / 255, labels[p]) for p in parts]
+        return torch.cat(found)
+
+
+def part_key(part: Tensor) -> str:
+    """Names a batch: its first row, its size, and a checksum of its rows (n,)."""
+    rows = part.numpy().astype("<i8").tobytes()
+    return f"{int(part[0])}+{len(part)}:{zlib.crc32(rows):08x}"
+
+
+def split(numbers: Tensor, size: int) -> list[Tensor]:
+    """(n,) in pieces of at most `size`."""
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def errs(subject: Subject, predict: Predict, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether `predict` errs on each image: (n,C,H,W) in [0,1] and (n,) int64 to (n,) bool."""
+    with torch.no_grad(), named(subject.name):
+        logits = check_logits(predict(images.to(subject.device)), len(images), labels)
+        return logits.argmax(dim=1).cpu() != labels
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put the model's name before what is said about it."""
+    try:
+        yield
+    except EvaluationError as error:
+        raise EvaluationError(f"{where}: {error}") from error
+    except EpdistillError as error:
+        # Rooms speak of their own models; the name still helps.
+        raise type(error)(f"{where}: {error}") from error
+
+
+@contextmanager
+def own_rng(devices: Sequence[torch.device | str], seed: int) -> Iterator[None]:
+    """Lend models that draw random numbers generators of their own, seeded."""
+    placed = [torch.device(device) for device in devices]
+    cuda = sorted(
+        {
+            torch.cuda.current_device() if device.index is None else device.index
+            for device in placed
+            if device.type == "cuda"
+        }
+    )
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for number in cuda:
+            torch.cuda.default_generators[number].manual_seed(seed)
+        yield

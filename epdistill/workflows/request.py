@@ -1,0 +1,185 @@
+"""What an evaluation is asked for, its suite, and how an interrupted one is found again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from epdistill.errors import EvaluationError
+from epdistill.recipes import EvaluateRecipe
+from epdistill.runs import new_run_folder
+from epdistill.workflows.context import Context
+
+if TYPE_CHECKING:
+    from epdistill.robustness.journal import Journal
+    from epdistill.robustness.suites import QuickSuite
+
+STEM = "evaluate"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be evaluated; a field of None is left to the suite, the recipe or the journal.
+
+    Attributes:
+        models: Run folders and `.onnx` files; without any, the newest student, its
+            teacher and its exported file.
+        suite: `quick`, `paper` or `full`; `quick` when None.
+        limit: Test images, overriding the recipe.
+        subset: `first` or `random`.
+        seed: Of the choice of images and of every attack; the first run's own when None.
+        diagnose: Look for masked gradients also where the suite does not.
+        corruptions: A folder with the official CIFAR-10-C arrays.
+    """
+
+    models: tuple[Path, ...] = ()
+    suite: str | None = None
+    limit: int | None = None
+    subset: str | None = None
+    seed: int | None = None
+    diagnose: bool | None = None
+    corruptions: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, JSON-ready."""
+        content = asdict(self)
+        content["models"] = [str(path) for path in self.models]
+        content["corruptions"] = None if self.corruptions is None else str(self.corruptions)
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Asked:
+        """What `to_json` was called on; further keys are left alone."""
+        given = {field.name: content[field.name] for field in fields(cls)}
+        given["models"] = tuple(Path(path) for path in given["models"])
+        given["corruptions"] = Path(given["corruptions"]) if given["corruptions"] else None
+        return cls(**given)
+
+    def over(self, before: Asked) -> Asked:
+        """What is asked for now, and what was asked for before where nothing is."""
+        now = {field.name: getattr(self, field.name) for field in fields(self)}
+        news = {key: value for key, value in now.items() if value not in (None, ())}
+        return replace(before, **news)
+
+
+def chosen_suite(name: str, how: EvaluateRecipe) -> QuickSuite:
+    """A suite by name, with the recipe's radii and budgets.
+
+    Raises:
+        EvaluationError: An unknown name.
+    """
+    from epdistill.robustness.attacks import PGDSettings, SquareSettings
+    from epdistill.robustness.suites import find_suite
+
+    if name == "full":
+        return _full_suite(how)
+    if name == "paper":
+        from epdistill.robustness.paper import PaperSuite
+
+        paper = how.paper
+        return PaperSuite(
+            pgd=PGDSettings(steps=paper.steps, restarts=paper.restarts),
+            square=SquareSettings(queries=paper.queries),
+            cw_steps=paper.cw_steps,
+            cw_lr=paper.cw_lr,
+        )
+    return replace(
+        find_suite(name),
+        linf=tuple(how.linf),
+        l2=tuple(how.l2),
+        pgd=PGDSettings(steps=how.steps),
+        square=SquareSettings(queries=how.queries),
+    )
+
+
+def _full_suite(how: EvaluateRecipe) -> QuickSuite:
+    from epdistill.robustness.attacks import (
+        APGDSettings,
+        CWSettings,
+        DeepFoolSettings,
+        NoiseSettings,
+        PGDSettings,
+        SquareSettings,
+    )
+    from epdistill.robustness.full import FullSuite
+    from epdistill.robustness.suites import TemporalSettings
+
+    full = how.full
+    return FullSuite(
+        linf=tuple(how.linf),
+        l2=tuple(how.l2),
+        pgd=PGDSettings(steps=full.steps, restarts=full.restarts),
+        square=SquareSettings(queries=full.queries),
+        apgd=APGDSettings(steps=full.apgd_steps),
+        carlini_wagner=CWSettings(steps=full.cw_steps, binary_search_steps=full.cw_searches),
+        deepfool=DeepFoolSettings(steps=full.deepfool_steps),
+        noise=NoiseSettings(samples=full.noise_samples),
+        hop_skip_jump_queries=full.hop_skip_jump_queries,
+        hop_skip_jump_images=full.hop_skip_jump_images,
+        autoattack_images=full.autoattack_images,
+        horizons=TemporalSettings(
+            attack_sweeps=full.attack_sweeps,
+            prediction_sweeps=full.prediction_sweeps,
+            pgd=PGDSettings(steps=full.steps),
+            images=full.temporal_images,
+        ),
+        diagnosed_images=full.diagnosed_images,
+    )
+
+
+def unfinished_evaluation(context: Context, out: Path | None) -> Path:
+    """The folder that `--resume` continues: `out`, or the newest unfinished evaluation.
+
+    Raises:
+        EvaluationError: There is none.
+    """
+    if out is not None:
+        return out
+    from epdistill.robustness.journal import NAME
+
+    found = list(context.runs.glob(f"*/{NAME}"))
+    if not found:
+        raise EvaluationError(
+            f"no unfinished evaluation under {context.runs}; expected one to --resume: name its "
+            "folder with --out, or leave --resume out"
+        )
+    return max(found, key=lambda path: (path.stat().st_mtime, path)).parent
+
+
+def open_journal(
+    header: Mapping[str, Any], context: Context, out: Path | None, resumed: Path | None
+) -> tuple[Path, Journal]:
+    """The folder of an evaluation and its journal, new or resumed.
+
+    Args:
+        header: What is evaluated; a journal about something else is refused.
+        context: Where runs lie.
+        out: A folder to begin in; numbered automatically without it.
+        resumed: The folder to go on in.
+
+    Raises:
+        EvaluationError: A folder that holds results already, or cannot be resumed.
+    """
+    from epdistill.robustness.journal import Journal
+    from epdistill.robustness.results import JSON_NAME
+
+    if resumed is not None:
+        return resumed, Journal.resume(resumed, header)
+    if out is not None and (out / JSON_NAME).exists():
+        raise EvaluationError(
+            f"--out {out} already holds results, which are never overwritten; expected another "
+            "folder: name one, or move this one away"
+        )
+    folder = new_run_folder(out, context.runs, STEM)
+    return folder, Journal.create(folder, header)
+
+
+def forget(folder: Path) -> None:
+    """Take back a folder in which nothing was found out."""
+    from epdistill.robustness.journal import remove
+
+    remove(folder)
+    if not any(folder.iterdir()):
+        folder.rmdir()
