@@ -27,13 +27,26 @@ def emit_json(content: dict[str, Any]) -> None:
 
 
 def show_table(
-    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], next_command: str | None
+    title: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    next_command: str | None,
+    *,
+    words: Sequence[int] = (0,),
 ) -> None:
-    """The closing table and what to type next, on standard output."""
+    """The closing table and what to type next, on standard output.
+
+    Args:
+        title: Above the table.
+        head: The columns' names.
+        rows: The cells.
+        next_command: What to type next, if anything.
+        words: The columns of words, set to the left; figures go to the right.
+    """
     console = Console(highlight=False)
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="left" if index in words else "right")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

@@ -89,9 +89,33 @@ def student_table(trained: Trained) -> None:
 
 def evaluation_table(done: Evaluated) -> None:
     """Accuracy in percent under every threat, with Wilson's 95 % interval."""
-    from epdistill.robustness.tables import published_rows, threat_rows
+    from epdistill.robustness.shares import ball
+    from epdistill.robustness.tables import (
+        diagnosis_rows,
+        horizon_rows,
+        published_rows,
+        threat_rows,
+    )
 
     models = done.results["models"]
+    for model in models:
+        if (found := model["diagnosis"]) is None:
+            continue
+        threat = ball(found["norm"], found["eps"])
+        show_table(
+            f"{found['text']}\nAt {threat}:",
+            ["check", "", "value", "fails where", "what to do"],
+            diagnosis_rows(found),
+            None,
+            words=(0, 1, 3, 4),
+        )
+        if horizons := horizon_rows(found):
+            show_table(
+                f"{model['name']}: the same PGD along one gradient at a time, {threat}",
+                ["gradient", "accuracy in %"],
+                horizons,
+                None,
+            )
     cells = published_rows(models)
     if cells:
         show_table(

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from epdistill.robustness.corruptions import FAMILY
 from epdistill.robustness.guards import LINF
 from epdistill.robustness.shares import ball
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    """Accuracy and interval in percent."""
+    low, high = row["ci95"]
+    return f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def diagnosis_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """The 26 checks as text: what, status, value, threshold, and for a bad one what to do.
+
+    Args:
+        found: `diagnosis` of a model of results.json.
+    """
+    rows = []
+    for check in found["checks"]:
+        value = check["value"]
+        shown = f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
+        bad = check["status"] in ("WARN", "FAIL")
+        advice = f"{check['detail']}: {check['todo']}" if bad else ""
+        name = f"{check['number']} {check['name']}"
+        rows.append([name, check["status"], shown, check["threshold"], advice])
+    return rows
+
+
+def horizon_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Accuracy along each gradient of a model that relaxes, the worst case last; or nothing.
+
+    Args:
+        found: `diagnosis` of a model of results.json.
+    """
+    tables = [check["table"] for check in found["checks"] if check.get("table")]
+    return [[row["name"], _share(row)] for table in tables for row in table]
 
 
 def threat_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -17,16 +50,12 @@ def threat_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
         models: The models of results.json; one column each after the threat's name.
     """
 
-    def share(row: dict[str, Any]) -> str:
-        low, high = row["ci95"]
-        return f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-
-    rows = [["clean", *(share(model["clean"]) for model in models)]]
+    rows = [["clean", *(_share(model["clean"]) for model in models)]]
     cases = [{(row["norm"], row["eps"]): row for row in model["worst_case"]} for model in models]
     seen = {case for found in cases for case in found}
     for norm, eps in sorted(seen, key=lambda case: (case[0] != LINF, case[1])):
         # A model that nothing attacked is not robust: it has no figure.
-        cells = [share(found[norm, eps]) if (norm, eps) in found else "-" for found in cases]
+        cells = [_share(found[norm, eps]) if (norm, eps) in found else "-" for found in cases]
         rows.append([f"worst, {ball(norm, eps)}", *cells])
     for number, mean in enumerate(models[0]["corruption_means"]):
         name = "corrupted" if mean["family"] == FAMILY else f"corrupted, {mean['family']}"
