@@ -45,6 +45,7 @@ class Batch:
         epoch: Whole epochs done before this one.
         epochs: Epochs of the whole training.
         generator: A CPU generator of this step alone.
+        index: (N,) int64 on the CPU, the images' numbers in the split.
     """
 
     images: Tensor
@@ -54,6 +55,7 @@ class Batch:
     epoch: int
     epochs: int
     generator: torch.Generator
+    index: Tensor
 
 
 class Task(Protocol):
@@ -179,7 +181,7 @@ def fit(
                 generator = generator_of(seed, epoch, k)
                 images = augmentation(split.images[pick].to(device), generator)
                 labels = split.labels[pick].to(device)
-                batch = Batch(to_float(images), labels, step, total, epoch, epochs, generator)
+                batch = Batch(to_float(images), labels, step, total, epoch, epochs, generator, pick)
                 values = task.step(batch)
                 if not all(isfinite(value) for value in values.values()):
                     raise DivergedError(
@@ -212,36 +214,40 @@ def _show(values: Mapping[str, float]) -> str:
 
 
 def model_state(
-    model: torch.nn.Module, optimiser: torch.optim.SGD, names: Mapping[Tensor, str]
+    model: torch.nn.Module, optimiser: torch.optim.Optimizer, names: Mapping[Tensor, str]
 ) -> dict[str, Tensor]:
-    """Weights and buffers of a model and the momentum buffers of its SGD, by name.
+    """Weights and buffers of a model and what its optimiser keeps per parameter, by name.
 
     Args:
         model: What learns.
-        optimiser: SGD over its parameters.
+        optimiser: Over its parameters; all it remembers are tensors, as SGD and Adam do.
         names: Each parameter's name.
     """
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-    momentum = {
-        f"momentum.{names[parameter]}": state["momentum_buffer"]
+    memory = {
+        f"{key}.{names[parameter]}": value
         for parameter, state in optimiser.state.items()
-        if state.get("momentum_buffer") is not None
+        for key, value in state.items()
+        if value is not None
     }
-    return {**weights, **momentum}
+    return {**weights, **memory}
 
 
 def restore_model(
     model: torch.nn.Module,
-    optimiser: torch.optim.SGD,
+    optimiser: torch.optim.Optimizer,
     names: Mapping[Tensor, str],
     state: Mapping[str, Tensor],
 ) -> None:
     """Take back what `model_state` gave."""
-    prefix = "model."
-    model.load_state_dict(
-        {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
-    )
-    for parameter, name in names.items():
-        buffer = state.get(f"momentum.{name}")
-        if buffer is not None:
-            optimiser.state[parameter]["momentum_buffer"] = buffer.to(parameter.device).clone()
+    parameters = {name: parameter for parameter, name in names.items()}
+    weights = {}
+    for entry, value in state.items():
+        key, _, name = entry.partition(".")
+        if key == "model":
+            weights[name] = value
+        elif name in parameters:
+            # Adam counts its steps on the CPU, wherever the parameter lies.
+            device = value.device if value.ndim == 0 else parameters[name].device
+            optimiser.state[parameters[name]][key] = value.to(device).clone()
+    model.load_state_dict(weights)

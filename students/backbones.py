@@ -1,157 +1,80 @@
-"""Feedforward backbones that give their stages: images in, feature maps out.
+"""Every backbone by name, and how a user's own becomes one.
 
-A backbone returns a list of feature maps from the image upwards; the last one
-is pooled to a single pixel. Which stage is matched to which teacher layer is
-decided in `epdistill.students.model` from the shapes alone.
+A backbone takes normalised images and returns a list of feature maps, the last one
+pooled to a single pixel; `tap` makes one of any network that torch.fx can trace:
+
+    from torch import nn
+
+    from epdistill.students.backbones import Request, register, tap
+
+    @register("mine")
+    def mine(request: Request) -> nn.Module:
+        def block(below: int, above: int) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(below, above, 3, 2, 1), nn.BatchNorm2d(above), nn.ReLU())
+        width = request.width or 16
+        net = nn.Sequential(block(request.in_channels, width), block(width, 2 * width))
+        return tap(net, request)
+
+After that `mine` is the name of a student, in this process: `student.name = "mine"`.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from torch import nn
 
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+# Importing them registers what they hold.
+from epdistill.errors import EpdistillError, RecipeError
+from epdistill.students import convnets as convnets
+from epdistill.students.registry import (
+    TORCHVISION,
+    Request,
+    Stages,
+    hint,
+    register,
+    registered,
+)
+from epdistill.students.tapping import Tapped, tap
+from epdistill.students.torchvision_nets import torchvision_net
 
-from epdistill.errors import RecipeError
-from epdistill.teachers.architecture import Architecture
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a backbone is built for.
-
-    Attributes:
-        in_channels: Image channels.
-        image_size: Side of the images, in pixels.
-        width: Channels of the first stage, or None for the backbone's own default.
-        teacher: The teacher's architecture, for backbones that mirror it.
-    """
-
-    in_channels: int
-    image_size: int
-    width: int | None
-    teacher: Architecture
-
-
-Builder = Callable[[Request], nn.Module]
-_BUILDERS: dict[str, Builder] = {}
-
-
-def register(name: str) -> Callable[[Builder], Builder]:
-    """Make a backbone available as `--student NAME`."""
-
-    def add(builder: Builder) -> Builder:
-        _BUILDERS[name] = builder
-        return builder
-
-    return add
+__all__ = ["Request", "Stages", "Tapped", "build", "names", "register", "tap"]
 
 
 def names() -> list[str]:
     """The registered backbones."""
-    return sorted(_BUILDERS)
+    return sorted(registered())
 
 
 def build(name: str, request: Request) -> nn.Module:
     """Build a backbone by name.
 
+    Args:
+        name: A registered name, or `torchvision:NAME`.
+        request: What it is built for.
+
     Raises:
-        RecipeError: The name is unknown.
+        RecipeError: The name is unknown, or the backbone cannot take such images.
     """
-    if name not in _BUILDERS:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise RecipeError(f"unknown student {name!r}{hint}; expected {' or '.join(names())}")
-    return _BUILDERS[name](request)
+    builders = registered()
+    if not name.startswith(TORCHVISION) and name not in builders:
+        raise RecipeError(
+            f"unknown student {name!r}{hint(name, builders)}; expected {', '.join(names())} or "
+            f"{TORCHVISION}NAME"
+        )
+    try:
+        if name.startswith(TORCHVISION):
+            return torchvision_net(name.removeprefix(TORCHVISION), request)
+        return builders[name](request)
+    except EpdistillError:
+        raise
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise cannot_take(name, request, error) from error
 
 
-class _Stages(nn.Module):
-    """Modules run one after the other, every output kept, the last one pooled too."""
-
-    def __init__(self, stem: nn.Module, stages: list[nn.Module]) -> None:
-        super().__init__()
-        self.stem = stem
-        self.stages = nn.ModuleList(stages)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        x, maps = self.stem(images), []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        maps.append(self.pool(x))
-        return maps
-
-
-def _conv_bn_relu(below: int, above: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(below, above, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(above),
-        nn.ReLU(inplace=True),
+def cannot_take(name: str, request: Request, error: Exception) -> RecipeError:
+    """The error for images that a backbone fails on."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    size = request.image_size
+    return RecipeError(
+        f"student {name} cannot take {size}x{size} images with {request.in_channels} channels "
+        f"({reason}); choose another student, or resize with --image-size"
     )
-
-
-def _resnet(request: Request, depths: tuple[int, ...]) -> nn.Module:
-    width = request.width or 64
-    if request.image_size >= 64:
-        # The ImageNet stem: large images would otherwise cost 16 times as much.
-        pool = nn.MaxPool2d(3, stride=2, padding=1)
-        stem = nn.Sequential(*_conv_bn_relu(request.in_channels, width, 7, 2), pool)
-    else:
-        stem = _conv_bn_relu(request.in_channels, width, 3, 1)
-    stages: list[nn.Module] = []
-    below = width
-    for index, depth in enumerate(depths):
-        above, stride = width * 2**index, 1 if index == 0 else 2
-        blocks: list[nn.Module] = []
-        for block in range(depth):
-            step = stride if block == 0 else 1
-            shortcut = None
-            if step != 1 or below != above:
-                shortcut = nn.Sequential(
-                    nn.Conv2d(below, above, 1, step, bias=False), nn.BatchNorm2d(above)
-                )
-            blocks.append(BasicBlock(below, above, step, shortcut))
-            below = above
-        stages.append(nn.Sequential(*blocks))
-    backbone = _Stages(stem, stages)
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return backbone
-
-
-@register("resnet18")
-def resnet18(request: Request) -> nn.Module:
-    """ResNet-18 of torchvision's BasicBlocks (He et al. 2016), with the 3x3 stem for small images.
-
-    For 32 pixels the stages end at width x 32 x 32, 2 width x 16 x 16,
-    4 width x 8 x 8 and 8 width x 4 x 4; `width` is 64 unless asked otherwise.
-    """
-    return _resnet(request, (2, 2, 2, 2))
-
-
-@register("cnn")
-def cnn(request: Request) -> nn.Module:
-    """One convolution stage per teacher layer, with the teacher's strides and pools.
-
-    Without `width`, a stage has the channels of its teacher layer.
-    """
-    teacher = request.teacher
-    factor = 1.0 if request.width is None else request.width / teacher.layers[0].channels
-    stages: list[nn.Module] = []
-    below = request.in_channels
-    for layer in teacher.layers:
-        above = max(1, round(layer.channels * factor))
-        parts: list[nn.Module] = [
-            nn.Conv2d(below, above, layer.kernel, layer.stride, layer.padding, bias=False),
-            nn.BatchNorm2d(above),
-            nn.ReLU(inplace=True),
-        ]
-        if layer.pool != "none":
-            parts.append(nn.MaxPool2d(2) if layer.pool == "max" else nn.AvgPool2d(2))
-        stages.append(nn.Sequential(*parts))
-        below = above
-    return _Stages(nn.Identity(), stages)

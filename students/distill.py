@@ -1,97 +1,171 @@
-"""Distilling: a student trained online on a teacher's fixed points."""
+"""Distilling: a student trained on a teacher's answers, or as a control without one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from epdistill.data import Split, to_float
+from epdistill.data import DataSet, Split, to_float
+from epdistill.errors import RecipeError
 from epdistill.recipes import Recipe
-from epdistill.students.matching import matching_loss, place
-from epdistill.students.model import Student, StudentSpec
-from epdistill.teachers.model import EPCNN
+from epdistill.recipes.schema import StudentRecipe
+from epdistill.students.cache import ViewCache
+from epdistill.students.fidelity import measure
+from epdistill.students.inputs import climb, corrupted, noisy
+from epdistill.students.matching import Loss, Matching, matching_loss
+from epdistill.students.model import Student
+from epdistill.students.pretrained import start_from
+from epdistill.students.spec import Goal, StudentSpec
+from epdistill.teachers.targets import Targets, Teacher
 from epdistill.training import Batch, cosine, model_state, restore_model, seed_of
 
-EVALUATION_BATCH = 256
+LOOKED_AT = 16
 
 
-def build_student(recipe: Recipe, teacher: EPCNN) -> Student:
-    """A freshly initialised student of a teacher; the same seed gives the same weights.
+def spec_for(recipe: StudentRecipe, teacher: Teacher) -> StudentSpec:
+    """What a recipe asks for of a teacher's student.
 
     Raises:
-        RecipeError: The student's name is unknown.
+        RecipeError: A frozen readout of a teacher that has none.
     """
-    spec = StudentSpec(recipe.student.name, recipe.student.width, teacher.architecture)
+    distilled = recipe.loss == "distill"
+    match = recipe.match if distilled else "logits"
+    readout = recipe.readout
+    if readout is None:
+        linear = match != "logits" and teacher.linear_readout() is not None
+        readout = "frozen" if linear else "learned"
+    elif readout == "frozen" and teacher.linear_readout() is None:
+        raise RecipeError(
+            "readout frozen, but this teacher's answer is no linear function of its last state; "
+            "expected readout learned"
+        )
+    bounded = match == "states" and recipe.distance == "bce"
+    goal = Goal.of(teacher)
+    return StudentSpec(recipe.name, recipe.width, goal, recipe.stages, match, bounded, readout)
+
+
+def build_student(recipe: Recipe, teacher: Teacher) -> Student:
+    """A fresh student of a teacher; the same seed gives the same weights.
+
+    Raises:
+        RecipeError: The student's name or a stage is unknown, its backbone cannot take the
+            images, or the pretrained file does not fit it.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(recipe.seed, 1))
-        student = Student(spec)
-    if teacher.readout is not None:
-        student.take_readout(teacher.readout.weight.detach(), teacher.readout.bias.detach())
-    else:
-        # The settled output layer is itself the answer.
-        student.take_readout(torch.eye(teacher.architecture.classes), torch.zeros(()))
+        student = Student(spec_for(recipe.student, teacher))
+    if recipe.student.pretrained is not None:
+        start_from(student.backbone, Path(recipe.student.pretrained))
+    readout = teacher.linear_readout()
+    if student.spec.readout == "frozen" and readout is not None:
+        student.take_readout(*readout)
     return student
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """How a student stands to its teacher on a split.
+def check(recipe: StudentRecipe, teacher: Teacher, data: DataSet) -> None:
+    """Refuse what could only fail later.
 
-    Attributes:
-        accuracy: Share of images the student answers rightly.
-        agreement: Share of images on which student and teacher give the same label.
-        r2: Per layer, 1 - MSE / Var of the teacher's fixed points.
+    Raises:
+        RecipeError: Teacher and data differ in channels, size or classes; a corruption is
+            unknown; a distance does not suit the teacher's states; or views are to be cached
+            that depend on the student.
     """
+    from epdistill.robustness.corruptions import check_corruption
 
-    accuracy: float
-    agreement: float
-    r2: tuple[float, ...]
+    theirs = (teacher.in_channels, teacher.image_size, teacher.classes)
+    ours = (data.channels, data.image_size, len(data.classes))
+    for what, expected, found in zip(
+        ("image channels", "pixels a side", "classes"), theirs, ours, strict=True
+    ):
+        if expected != found:
+            raise RecipeError(
+                f"the data set {data.name} has {found} {what}, the teacher {expected}; expected "
+                "the data that the teacher was taught on"
+            )
+    for name in recipe.corruptions:
+        check_corruption(name, 1)
+    if recipe.loss == "ce":
+        if recipe.cached_views:
+            raise RecipeError(
+                f"cached_views = {recipe.cached_views} with loss ce, which asks no teacher; "
+                "expected 0"
+            )
+        return
+    if (
+        recipe.cached_views
+        and recipe.inputs == "adversarial"
+        and recipe.adversarial_targets != "clean"
+    ):
+        raise RecipeError(
+            f"cached_views = {recipe.cached_views} with adversarial inputs, which change with the "
+            "student; expected adversarial_targets = clean, or no cache"
+        )
+    if recipe.distance == "bce" and recipe.match == "states":
+        images = to_float(data.train.images[:LOOKED_AT]).to(teacher.mean.device)
+        states = teacher.targets(images).states[:-1]
+        low = min((float(s.min()) for s in states), default=0.0)
+        high = max((float(s.max()) for s in states), default=1.0)
+        if low < 0 or high > 1:
+            raise RecipeError(
+                f"distance bce, but this teacher's states reach from {low:.3g} to {high:.3g}; "
+                "expected states in [0,1]: choose distance mse or cosine"
+            )
 
 
-@torch.no_grad()
-def measure(
-    student: Student, teacher: EPCNN, split: Split, *, batch_size: int = EVALUATION_BATCH
-) -> Fidelity:
-    """Accuracy, agreement and per-layer R^2 on a split, every image once."""
-    training = student.training
-    student.eval()
-    right = same = 0
-    depth = len(teacher.architecture.layers)
-    squares, sums, errors, counts = ([0.0] * depth for _ in range(4))
-    network = teacher.network()
+def cache_for(
+    recipe: StudentRecipe, student: Student, teacher: Teacher, data: DataSet, folder: Path
+) -> ViewCache | None:
+    """The cache that a recipe asks for, in a run's folder; None if the teacher is online.
+
+    Raises:
+        RunError: The disk has no room for it.
+    """
+    if recipe.cached_views == 0:
+        return None
     device = teacher.mean.device
-    for start in range(0, len(split), batch_size):
-        images = to_float(split.images[start : start + batch_size].to(device))
-        labels = split.labels[start : start + batch_size].to(device)
-        states = teacher.relax(images).states
-        theirs = network.answer(teacher.normalise(images), states).argmax(1)
-        landed, logits = student.match(images)
-        ours = logits.argmax(1)
-        right += int((ours == labels).sum())
-        same += int((ours == theirs).sum())
-        for n, (goal, got) in enumerate(zip(states, landed, strict=True)):
-            squares[n] += float(goal.double().square().sum())
-            sums[n] += float(goal.double().sum())
-            errors[n] += float((got - goal).double().square().sum())
-            counts[n] += goal.numel()
-    student.train(training)
-    r2 = []
-    for square, total, error, count in zip(squares, sums, errors, counts, strict=True):
-        variance = square - total * total / count
-        r2.append(1 - error / variance if variance > 0 else float(error == 0))
-    return Fidelity(right / len(split), same / len(split), tuple(r2))
+    return ViewCache(
+        folder,
+        views=recipe.cached_views,
+        images=len(data.train),
+        image=(data.channels, data.image_size, data.image_size),
+        states=student.targets,
+        classes=teacher.classes,
+        teacher=lambda images: teacher.targets(images.to(device)),
+    )
 
 
 class DistillTask:
-    """Fixed-point matching as a task of the training loop."""
+    """A student's training as a task of the training loop.
 
-    def __init__(self, student: Student, teacher: EPCNN, recipe: Recipe, validation: Split) -> None:
+    Args:
+        student: What learns.
+        teacher: Asked in every step, unless `cache` answers.
+        recipe: Losses, inputs, rates.
+        validation: What is measured after each epoch.
+        cache: Answers to replayed views.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        recipe: Recipe,
+        validation: Split,
+        cache: ViewCache | None = None,
+    ) -> None:
         self.student, self.teacher, self.validation = student, teacher, validation
-        self.recipe = recipe.student
+        self.recipe, self.cache = recipe.student, cache
+        self.matching = Matching(
+            self.recipe.distance,
+            self.recipe.state_weight,
+            self.recipe.logit_weight,
+            self.recipe.temperature,
+        )
         groups: list[dict[str, Any]] = [
             {
                 "params": [p for p in student.parameters() if p.ndim > 1],
@@ -117,52 +191,111 @@ class DistillTask:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate * min(factor, 1.0)
 
+    def _place(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """The images as both sides see them, but for adversarial steps."""
+        if self.recipe.inputs == "corruption":
+            return corrupted(images, self.recipe.corruptions, generator)
+        return noisy(images, self.recipe.inputs, self.recipe.noise_std, generator)
+
+    def _ask(self, batch: Batch) -> tuple[Tensor, Targets]:
+        """The placed images and the teacher's answer to them."""
+        if self.cache is None:
+            images = self._place(batch.images, batch.generator)
+            return images, self.teacher.targets(images)
+
+        def fresh(places: Tensor) -> Tensor:
+            return self._place(batch.images, batch.generator)[places]
+
+        images, goal = self.cache.fetch(batch.epoch % self.cache.views, batch.index, fresh)
+        device = batch.images.device
+        states = [state.to(device) for state in goal.states]
+        settled = goal.settled.to(device)
+        return images.to(device), Targets(states, goal.logits.to(device), settled, goal.sweeps)
+
+    def _search(
+        self, loss: Callable[[Tensor], Tensor], images: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Where the loss of the student, in eval mode, is largest around the images."""
+        own = self.recipe
+        self.student.eval()
+        found = climb(
+            loss,
+            images,
+            own.adversarial_norm,
+            own.adversarial_eps,
+            own.adversarial_steps,
+            generator,
+        )
+        self.student.train()
+        return found
+
     def step(self, batch: Batch) -> dict[str, float]:
-        """One update towards the fixed points of this very batch."""
+        """One update towards the teacher's answers to this very batch, or towards the labels."""
         self._set_rate(batch)
         self.student.train()
-        images = place(batch.images, self.recipe.inputs, self.recipe.noise_std, batch.generator)
-        relaxed = self.teacher.relax(images)
-        teacher_logits = self.teacher.network().answer(
-            self.teacher.normalise(images), relaxed.states
-        )
-        settled = relaxed.certificate.converged
-        if self.teacher.schedule.tolerance == 0:
-            # A fixed number of sweeps promises nothing; every state is the target.
-            settled = torch.ones_like(settled)
-        landed, logits = self.student.match(images)
-        loss = matching_loss(
-            landed,
-            logits,
-            relaxed.states,
-            teacher_logits,
-            settled,
-            state_weight=self.recipe.state_weight,
-            logit_weight=self.recipe.logit_weight,
-        )
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        # What layers draw for themselves (dropout, stochastic depth, a stochastic teacher).
+        devices = [batch.images.device] if batch.images.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=batch.generator)))
+            supervised = self.recipe.loss == "ce"
+            loss, values = self._supervised(batch) if supervised else self._distilled(batch)
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.gradient_clip)
         self.optimiser.step()
-        return {
-            "loss": float(loss.total.detach()),
+        return {"loss": float(loss.detach()), **values}
+
+    def _supervised(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        images, labels = self._place(batch.images, batch.generator), batch.labels
+        if self.recipe.inputs == "adversarial":
+            images = self._search(
+                lambda x: F.cross_entropy(self.student(x), labels), images, batch.generator
+            )
+        logits = self.student(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        return loss, {"accuracy": float((logits.argmax(1) == labels).double().mean())}
+
+    def _distilled(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        images, goal = self._ask(batch)
+        spent = [goal.sweeps]
+        if self.recipe.inputs == "adversarial":
+            # The teacher's answer is held while the student is searched.
+            images = self._search(lambda x: self._loss(x, goal)[0].total, images, batch.generator)
+            if self.recipe.adversarial_targets == "there":
+                goal = self.teacher.targets(images)
+                spent.append(goal.sweeps)
+        loss, logits = self._loss(images, goal)
+        values = {
             "states": float(loss.states),
             "kl": float(loss.logits),
             "accuracy": float((logits.argmax(1) == batch.labels).double().mean()),
-            "sweeps": float(relaxed.certificate.sweeps.double().mean()),
-            "settled": float(settled.double().mean()),
+            "settled": float(goal.settled.double().mean()),
         }
+        sweeps = [float(s.double().mean()) for s in spent if s is not None]
+        return loss.total, {**values, "sweeps": sum(sweeps)} if sweeps else values
+
+    def _loss(self, images: Tensor, goal: Targets) -> tuple[Loss, Tensor]:
+        landed, logits = self.student.match(images)
+        states = goal.states[len(goal.states) - len(landed) :]
+        theirs = [state.to(logits.dtype) for state in states]
+        loss = matching_loss(
+            landed, logits, theirs, goal.logits.to(logits.dtype), goal.settled, self.matching
+        )
+        return loss, logits
 
     def validate(self) -> dict[str, float]:
         """Accuracy, agreement and mean R^2 on the validation split."""
         found = measure(self.student, self.teacher, self.validation)
-        mean_r2 = sum(found.r2) / len(found.r2)
-        return {"accuracy": found.accuracy, "agreement": found.agreement, "r2": mean_r2}
+        values = {"accuracy": found.accuracy, "agreement": found.agreement}
+        return values if found.mean_r2 is None else {**values, "r2": found.mean_r2}
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, buffers and momentum."""
-        return model_state(self.student, self.optimiser, self.names)
+        """Weights, buffers and momentum, and which views are cached."""
+        state = model_state(self.student, self.optimiser, self.names)
+        return state if self.cache is None else {**state, "cache.filled": self.cache.state()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave."""
         restore_model(self.student, self.optimiser, self.names, state)
+        if self.cache is not None:
+            self.cache.restore(state["cache.filled"])

@@ -1,16 +1,36 @@
-"""The matching loss: how far a student is from the teacher's fixed points."""
+"""The losses: how far a student is from the teacher's states and answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Distance = Literal["mse", "bce", "cosine"]
+
 # A layer that hardly varies (std under 0.01 of its range [0,1]) must not drown the others.
 VARIANCE_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What is compared, and how.
+
+    Attributes:
+        distance: Between states: `mse`, `bce` (layers below the last) or `cosine`.
+        state_weight: Weight of the states' term.
+        logit_weight: Weight of the KL term.
+        temperature: That both sides' logits are divided by.
+    """
+
+    distance: Distance = "mse"
+    state_weight: float = 1.0
+    logit_weight: float = 1.0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -19,13 +39,47 @@ class Loss:
 
     Attributes:
         total: What is descended.
-        states: Mean over layers of MSE / Var of the fixed points (1 - R^2 of each layer).
-        logits: KL divergence from the teacher's to the student's class probabilities, nats.
+        states: Mean over the matched layers of the distance to the states.
+        logits: KL divergence from the teacher's to the student's class probabilities at the
+            temperature T, in nats, times T^2.
     """
 
     total: Tensor
     states: Tensor
     logits: Tensor
+
+
+def mse_over_variance(landed: Tensor, goal: Tensor) -> Tensor:
+    """MSE / Var(goal), a scalar; 1 is what a constant guess of the mean gets.
+
+    The variance, over the batch and all units, counts as at least `VARIANCE_FLOOR`.
+    """
+    variance = goal.var(unbiased=False).clamp_min(VARIANCE_FLOOR)
+    return F.mse_loss(landed, goal) / variance
+
+
+def bce_over_entropy(landed: Tensor, goal: Tensor) -> Tensor:
+    """Binary cross-entropy of sigmoid(landed) with a goal in [0,1], a scalar.
+
+    Its least value, the goal's own entropy, is taken off, and what is left is divided by
+    what a constant guess of the mean gets; that counts as at least `VARIANCE_FLOOR`.
+    """
+    least = _entropy(goal).mean()
+    guess = (_entropy(goal.mean()) - least).clamp_min(VARIANCE_FLOOR)
+    return (F.binary_cross_entropy_with_logits(landed, goal) - least) / guess
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Of a coin with probability p, in nats, element by element; 0 at 0 and 1."""
+    other: Tensor = 1 - p
+    found: Tensor = torch.special.entr(p) + torch.special.entr(other)
+    return found
+
+
+def one_minus_cosine(landed: Tensor, goal: Tensor) -> Tensor:
+    """1 - cosine of each image's whole map with its goal, (N, C, h, w), averaged: a scalar."""
+    loss: Tensor = 1 - F.cosine_similarity(landed.flatten(1), goal.flatten(1)).mean()
+    return loss
 
 
 def matching_loss(
@@ -34,62 +88,47 @@ def matching_loss(
     targets: Sequence[Tensor],
     teacher_logits: Tensor,
     settled: Tensor,
-    *,
-    state_weight: float,
-    logit_weight: float,
+    how: Matching,
 ) -> Loss:
-    """Variance-normalised distance to the fixed points plus KL on the answers.
+    """Distance to the states plus KL on the answers, over the settled images.
 
-    Dividing each layer's squared error by the variance of its fixed points over
-    the batch makes layers comparable: 1 is what a constant guess of the mean gets.
-    The variance counts as at least `VARIANCE_FLOOR`.
+    The KL term is classic distillation's: at temperature T, times T^2, so that its
+    gradient keeps its size (Hinton, Vinyals and Dean 2015).
 
     Args:
-        landed: The student's map per layer, (N, C, h, w).
+        landed: The student's map per matched layer, (N, C, h, w), the teacher's last layer
+            last; none to match the logits alone.
         logits: The student's, (N, K).
-        targets: s_1*..s_L*, shaped like `landed`.
+        targets: The teacher's states, shaped like `landed`.
         teacher_logits: (N, K).
         settled: (N,) bool; images whose teacher has not settled do not count.
-        state_weight: Weight of the states' term.
-        logit_weight: Weight of the KL term.
+        how: Distance and weights.
     """
     keep = settled.nonzero().squeeze(1)
     if len(keep) == 0:
         # Nothing to learn from, yet the step must stay differentiable.
         zero = logits.sum() * 0.0
         return Loss(zero, zero.detach(), zero.detach())
-    parts = []
-    for ours, theirs in zip(landed, targets, strict=True):
-        goal = theirs[keep]
-        variance = goal.var(unbiased=False).clamp_min(VARIANCE_FLOOR)
-        parts.append(F.mse_loss(ours[keep], goal) / variance)
-    states = torch.stack(parts).mean()
+    below = {
+        "mse": mse_over_variance,
+        "bce": bce_over_entropy,
+        "cosine": one_minus_cosine,
+    }[how.distance]
+    # The last layer is read linearly: no sigmoid stands between it and the readout.
+    last = mse_over_variance if how.distance == "bce" else below
+    kinds = [*[below] * (len(landed) - 1), last][: len(landed)]
+    parts = [
+        distance(ours[keep], theirs[keep])
+        for distance, ours, theirs in zip(kinds, landed, targets, strict=True)
+    ]
+    states = torch.stack(parts).mean() if parts else torch.zeros_like(logits[0, 0])
+    t = how.temperature
     kl = F.kl_div(
-        logits[keep].log_softmax(1),
-        teacher_logits[keep].log_softmax(1),
+        (logits[keep] / t).log_softmax(1),
+        (teacher_logits[keep] / t).log_softmax(1),
         log_target=True,
         reduction="batchmean",
     )
-    return Loss(state_weight * states + logit_weight * kl, states.detach(), kl.detach())
-
-
-def place(images: Tensor, inputs: str, std: float, generator: torch.Generator) -> Tensor:
-    """Where in input space a batch is matched.
-
-    Args:
-        images: (N, C, H, W) in [0,1].
-        inputs: `clean`; `noise`: Gaussian noise on every image; `mix`: on every second one.
-        std: Largest standard deviation; each image draws its own, uniform in [0, std].
-        generator: A CPU generator of this step.
-
-    Returns:
-        Images of the same shape, clipped to [0,1]; both teacher and student see them.
-    """
-    if inputs == "clean" or std == 0:
-        return images
-    count = images.shape[0]
-    scale = torch.rand(count, 1, 1, 1, generator=generator) * std
-    if inputs == "mix":
-        scale[::2] = 0
-    noise = torch.randn(images.shape, generator=generator)
-    return (images + (scale * noise).to(images)).clamp(0, 1)
+    kl = kl * t * t
+    total = how.state_weight * states + how.logit_weight * kl
+    return Loss(total, states.detach(), kl.detach())

@@ -1,46 +1,20 @@
-"""A student: a feedforward backbone whose stages land on the teacher's fixed points."""
+"""A student: a feedforward backbone whose stages land on a teacher's states."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from epdistill.errors import RunError
-from epdistill.students.backbones import Request, build
-from epdistill.teachers.architecture import Architecture
-
-Shape = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class StudentSpec:
-    """Everything that fixes a student's shape.
-
-    Attributes:
-        name: The backbone.
-        width: Channels of its first stage, or None for its default.
-        teacher: The architecture of the teacher it is matched to.
-    """
-
-    name: str
-    width: int | None
-    teacher: Architecture
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_dict` reads it back."""
-        return {"name": self.name, "width": self.width, "teacher": self.teacher.to_dict()}
-
-    @staticmethod
-    def from_dict(content: Mapping[str, Any]) -> StudentSpec:
-        """Read what `to_dict` wrote."""
-        teacher = Architecture.from_dict(content["teacher"])
-        return StudentSpec(content["name"], content["width"], teacher)
+from epdistill.errors import RecipeError, RunError
+from epdistill.students.backbones import Request, build, cannot_take
+from epdistill.students.registry import hint
+from epdistill.students.spec import StudentSpec
+from epdistill.teachers.targets import Shape
 
 
 def pair_stages(stages: Sequence[Shape], targets: Sequence[Shape]) -> list[int]:
@@ -48,7 +22,8 @@ def pair_stages(stages: Sequence[Shape], targets: Sequence[Shape]) -> list[int]:
 
     The last stage (pooled) goes to the last layer. Each other layer takes the
     deepest stage that is at least as wide as it, so that a map is only ever
-    shrunk to fit, and failing that the deepest of all.
+    shrunk to fit, and failing that the deepest of the widest. Where all stages are
+    equally wide, they are spread over the layers by depth.
 
     Args:
         stages: (channels, height, width) of the student's maps, the pooled one last.
@@ -57,23 +32,30 @@ def pair_stages(stages: Sequence[Shape], targets: Sequence[Shape]) -> list[int]:
     Returns:
         One index into `stages` per target.
     """
-    chosen = []
-    for _, height, _ in targets[:-1]:
-        wide = [i for i, stage in enumerate(stages[:-1]) if stage[1] >= height]
-        chosen.append(wide[-1] if wide else len(stages) - 2)
-    return [*chosen, len(stages) - 1]
+    sizes = [stage[1] for stage in stages[:-1]]
+    count, depth, chosen = len(sizes), len(targets), []
+    for n, (_, height, _) in enumerate(targets[:-1], start=1):
+        if count > 1 and len(set(sizes)) == 1:
+            chosen.append(max(n * count // depth, 1) - 1)
+            continue
+        wide = [i for i, size in enumerate(sizes) if size >= min(height, max(sizes))]
+        chosen.append(wide[-1])
+    return [*chosen, count]
 
 
 class Student(nn.Module):
-    """Images in [0,1] to logits in one pass, matched to a teacher's fixed points.
+    """Images in [0,1] to logits in one pass, matched to a teacher's states.
 
     The answer is V (A z + b) + c: z is the backbone's last feature, A z + b the
-    linear adaptor that lands on s_L, and V, c the teacher's readout, copied and
-    frozen. No clamp stands in this path. The other adaptors serve the matching
-    only and are dropped by `folded`.
+    linear adaptor that lands on s_L, and V, c a readout: the teacher's, copied and
+    frozen, or one that is learned. No clamp stands in this path. The other adaptors
+    serve the matching only and are dropped by `folded`.
 
     Args:
-        spec: Backbone and teacher.
+        spec: Backbone, teacher's shapes, and what is matched.
+
+    Raises:
+        RecipeError: The backbone or a stage is unknown, or the images do not suit it.
     """
 
     mean: Tensor
@@ -83,43 +65,76 @@ class Student(nn.Module):
 
     def __init__(self, spec: StudentSpec) -> None:
         super().__init__()
-        teacher = spec.teacher
+        goal = spec.goal
         self.spec = spec
-        self.backbone = build(
-            spec.name, Request(teacher.in_channels, teacher.image_size, spec.width, teacher)
+        self._request = Request(
+            goal.in_channels, goal.image_size, spec.width, goal.shapes, goal.layers, spec.stages
         )
-        self.targets = teacher.shapes
+        self.backbone = build(spec.name, self._request)
         stages = self._stage_shapes()
-        self.pairs = pair_stages(stages, self.targets)
+        self.targets = goal.shapes[len(goal.shapes) - spec.matched :]
+        self.pairs = self._pairs(stages)
         self.adaptors = nn.ModuleList()
         for index, target in zip(self.pairs[:-1], self.targets[:-1], strict=True):
-            same = stages[index] == target
+            # A bounded state is matched through a sigmoid, and a stage's own map may be
+            # unfit for that: ReLUs are never negative.
+            same = stages[index] == target and not spec.bounded
             self.adaptors.append(
                 nn.Identity() if same else nn.Conv2d(stages[index][0], target[0], 1)
             )
-        channels, height, width = self.targets[-1]
+        channels, height, width = goal.shapes[-1]
         size = channels * height * width
         self.head = nn.Linear(stages[-1][0], size)
-        shape = (1, teacher.in_channels, 1, 1)
-        self.register_buffer("mean", torch.tensor(teacher.mean).view(shape))
-        self.register_buffer("std", torch.tensor(teacher.std).view(shape))
-        self.register_buffer("readout_weight", torch.zeros(teacher.classes, size))
-        self.register_buffer("readout_bias", torch.zeros(teacher.classes))
+        shape = (1, goal.in_channels, 1, 1)
+        self.register_buffer("mean", torch.tensor(goal.mean).view(shape))
+        self.register_buffer("std", torch.tensor(goal.std).view(shape))
+        if spec.readout == "frozen":
+            self.register_buffer("readout_weight", torch.zeros(goal.classes, size))
+            self.register_buffer("readout_bias", torch.zeros(goal.classes))
+        else:
+            fresh = nn.Linear(size, goal.classes)
+            self.readout_weight, self.readout_bias = fresh.weight, fresh.bias
 
     def _stage_shapes(self) -> list[Shape]:
-        teacher = self.spec.teacher
-        image = torch.zeros(1, teacher.in_channels, teacher.image_size, teacher.image_size)
+        goal = self.spec.goal
+        image = torch.zeros(1, goal.in_channels, goal.image_size, goal.image_size)
         training = self.backbone.training
         self.backbone.eval()
-        with torch.no_grad():
-            maps = self.backbone(image)
+        try:
+            with torch.no_grad():
+                maps = self.backbone(image)
+            if not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps):
+                raise ValueError("its stages are no feature maps (N, C, h, w)")
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise cannot_take(self.spec.name, self._request, error) from error
         self.backbone.train(training)
         return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
 
+    def _pairs(self, stages: Sequence[Shape]) -> list[int]:
+        wanted, below = self.spec.stages, max(len(self.targets) - 1, 0)
+        if wanted is None or below == 0:
+            paired = pair_stages(stages, self.spec.goal.shapes)
+            return paired[len(paired) - len(self.targets) :]
+        default = [f"stage{n}" for n in range(1, len(stages))]
+        known = list(getattr(self.backbone, "names", default))
+        for stage in wanted:
+            if stage not in known:
+                raise RecipeError(
+                    f"unknown stage {stage!r}{hint(stage, known)} of {self.spec.name}; expected "
+                    f"{', '.join(known)}"
+                )
+        if len(wanted) != below:
+            raise RecipeError(
+                f"{len(wanted)} stages {', '.join(wanted)}; expected {below}, one per layer of "
+                "the teacher below its last"
+            )
+        return [*(known.index(stage) for stage in wanted), len(stages) - 1]
+
     def take_readout(self, weight: Tensor, bias: Tensor) -> None:
-        """Copy the teacher's readout V (classes, d) and c (classes,); it stays frozen."""
-        self.readout_weight.copy_(weight)
-        self.readout_bias.copy_(bias)
+        """Copy a teacher's readout V (classes, d) and c (classes,)."""
+        with torch.no_grad():
+            self.readout_weight.copy_(weight)
+            self.readout_bias.copy_(bias)
 
     def match(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """What is compared with the teacher.
@@ -128,7 +143,9 @@ class Student(nn.Module):
             images: (N, C, H, W), float in [0,1].
 
         Returns:
-            One map per teacher layer, shaped like its state, and the logits (N, classes).
+            One map per matched layer of the teacher, shaped like its state, and the logits
+            (N, classes). Of a bounded student the maps but the last are those of a
+            sigmoid's argument.
         """
         maps = self.backbone((images - self.mean) / self.std)
         landed = []
@@ -141,8 +158,15 @@ class Student(nn.Module):
                 feature = F.adaptive_avg_pool2d(feature, (height, width))
             landed.append(feature)
         top = self.head(maps[-1].flatten(1))
-        landed.append(top.view(-1, *self.targets[-1]))
+        if self.targets:
+            landed.append(top.view(-1, *self.targets[-1]))
         return landed, F.linear(top, self.readout_weight, self.readout_bias)
+
+    def states(self, landed: Sequence[Tensor]) -> list[Tensor]:
+        """The maps of `match` as states of the teacher."""
+        if not self.spec.bounded or not landed:
+            return list(landed)
+        return [*(one.sigmoid() for one in landed[:-1]), landed[-1]]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), float in [0,1] -> logits (N, classes)."""

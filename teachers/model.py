@@ -16,6 +16,7 @@ from epdistill.teachers.estimate import estimate_adjoint
 from epdistill.teachers.implicit import image_gradient, solve_adjoint
 from epdistill.teachers.relaxation import relax, unrolled
 from epdistill.teachers.schedule import Relaxed, Schedule
+from epdistill.teachers.targets import Shape, Targets
 
 GradientKind = Literal["implicit", "ep", "unrolled-first", "unrolled-last"]
 
@@ -99,6 +100,7 @@ class EPCNN(nn.Module):
 
     mean: Tensor
     std: Tensor
+    stochastic = False
 
     def __init__(
         self,
@@ -132,6 +134,26 @@ class EPCNN(nn.Module):
         self.register_buffer("mean", torch.tensor(architecture.mean).view(shape))
         self.register_buffer("std", torch.tensor(architecture.std).view(shape))
 
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """(channels, height, width) of every state."""
+        return tuple(self.architecture.shapes)
+
+    @property
+    def in_channels(self) -> int:
+        """Image channels."""
+        return self.architecture.in_channels
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.architecture.image_size
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.architecture.classes
+
     def normalise(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0,1] -> what the energy sees."""
         return (images - self.mean) / self.std
@@ -150,6 +172,28 @@ class EPCNN(nn.Module):
     def relax(self, images: Tensor, schedule: Schedule | None = None) -> Relaxed:
         """The fixed points of images (N, C, H, W) in [0,1], with their certificate."""
         return relax(self.network(), self.normalise(images.detach()), schedule or self.schedule)
+
+    def targets(self, images: Tensor) -> Targets:
+        """The fixed points of images (N, C, H, W) in [0,1], and what is read off them."""
+        network, x = self.network(), self.normalise(images.detach())
+        relaxed = relax(network, x, self.schedule)
+        certificate = relaxed.certificate
+        settled = certificate.converged
+        if self.schedule.tolerance == 0:
+            # A fixed number of sweeps promises nothing; every state is the target.
+            settled = torch.ones_like(settled)
+        logits = network.answer(x, relaxed.states)
+        return Targets(relaxed.states, logits, settled, certificate.sweeps)
+
+    def linear_readout(self) -> tuple[Tensor, Tensor]:
+        """V (classes, d) and c (classes,), detached, of logits = V vec(s_L) + c.
+
+        A settling output layer is itself the answer: the identity.
+        """
+        if self.readout is not None:
+            return self.readout.weight.detach(), self.readout.bias.detach()
+        identity = torch.eye(self.classes).to(self.mean)
+        return identity, torch.zeros_like(identity[0])
 
     def with_gradient(self, kind: GradientKind, sweeps: int = 30, beta: float = 0.1) -> EPCNN:
         """A view of this model (same parameters) with another input gradient."""

@@ -143,6 +143,20 @@ def run_command(
 
 @app.command()
 def teach(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="ep-cnn (the default), or a baseline: bp-cnn, adv-cnn, vit, wca.",
+            show_default=False,
+        ),
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            "--rule", help="How an ep-cnn learns: ep, bptt or implicit.", show_default=False
+        ),
+    ] = None,
     recipe: RecipeFlag = None,
     data: DataFlag = None,
     data_root: RootFlag = None,
@@ -158,39 +172,39 @@ def teach(
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train an EP-CNN teacher by Equilibrium Propagation."""
-    from epdistill.recipes import load_recipe
+    """Train a teacher: an EP-CNN by Equilibrium Propagation, or a baseline."""
+    from epdistill.cli.tables import teacher_table
+    from epdistill.errors import RecipeError
+    from epdistill.recipes import EP_CNN, load_recipe, section_of
     from epdistill.workflows.training import teach as work
 
+    source = recipe or _recipe_for(data)
+    chosen = load_recipe(source, {"model": model}).model
+    if rule and chosen != EP_CNN:
+        raise RecipeError(f"--rule {rule} for a {chosen}; expected it with an {EP_CNN} alone")
     overrides = _overrides(
-        "teacher", data=data, image_size=image_size, epochs=epochs, seed=seed, precision=precision
-    )
+        section_of(chosen),
+        model=model, data=data, image_size=image_size, epochs=epochs, seed=seed,
+        precision=precision,
+    )  # fmt: skip
+    overrides["teacher.rule"] = rule
     context = _context(runs, data_root, download, device, quiet)
-    trained = work(
-        load_recipe(recipe or _recipe_for(data), overrides), context, out=out, resume=resume
-    )
+    trained = work(load_recipe(source, overrides), context, out=out, resume=resume)
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
-        return
-    results = trained.results
-    show_table(
-        str(trained.run.path),
-        ["teacher", "value"],
-        [
-            [f"test accuracy (n = {results['test_images']})", _percent(results["accuracy"])],
-            ["sweeps per image", f"{results['sweeps']:.1f}"],
-            ["images settled", _percent(results["converged"])],
-            ["largest residual", f"{results['residual']:.1e}"],
-            ["seconds", f"{results['seconds']:.0f}"],
-        ],
-        "epdistill distill --student resnet18",
-    )
+    else:
+        teacher_table(trained)
 
 
 @app.command()
 def distill(
     student: Annotated[
-        str | None, typer.Option("--student", help="resnet18 or cnn.", show_default=False)
+        str | None,
+        typer.Option(
+            "--student",
+            help="cnn, resnet18, resnet34, mobilenet_v3_small, vit_tiny or torchvision:NAME.",
+            show_default=False,
+        ),
     ] = None,
     teacher: Annotated[
         Path | None, typer.Option("--teacher", help="The teacher's run; the newest without it.")
@@ -198,8 +212,33 @@ def distill(
     width: Annotated[
         int | None, typer.Option("--width", min=1, help="Channels of the first stage.")
     ] = None,
+    pretrained: Annotated[
+        Path | None, typer.Option("--pretrained", help="Weights to start the backbone from.")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option("--loss", help="distill, or ce: a control on the labels, without a teacher."),
+    ] = None,
+    match: Annotated[
+        str | None, typer.Option("--match", help="What is matched: states, last or logits.")
+    ] = None,
+    distance: Annotated[
+        str | None, typer.Option("--distance", help="Between states: mse, bce or cosine.")
+    ] = None,
+    readout: Annotated[
+        str | None, typer.Option("--readout", help="The teacher's, frozen, or learned.")
+    ] = None,
     inputs: Annotated[
-        str | None, typer.Option("--inputs", help="Where it is matched: clean, noise or mix.")
+        str | None,
+        typer.Option(
+            "--inputs", help="Where it is matched: clean, noise, mix, corruption or adversarial."
+        ),
+    ] = None,
+    cached_views: Annotated[
+        int | None,
+        typer.Option(
+            "--cached-views", min=0, help="Replay so many views of every image; 0 asks online."
+        ),
     ] = None,
     recipe: RecipeFlag = None,
     data_root: RootFlag = None,
@@ -214,35 +253,30 @@ def distill(
     json: JsonFlag = False,
 ) -> None:
     """Train a feedforward student on a teacher's fixed points."""
+    from epdistill.cli.tables import student_table
     from epdistill.recipes import load_recipe
     from epdistill.workflows.training import distill as work
 
     overrides = {
         "student.name": student,
         "student.width": width,
+        "student.pretrained": None if pretrained is None else str(pretrained.absolute()),
+        "student.loss": loss,
+        "student.match": match,
+        "student.distance": distance,
+        "student.readout": readout,
         "student.inputs": inputs,
+        "student.cached_views": cached_views,
         "student.epochs": epochs,
         "seed": seed,
     }
     context = _context(runs, data_root, download, device, quiet)
-    chosen = load_recipe(recipe, overrides) if recipe else None
+    chosen = load_recipe(recipe) if recipe else None
     trained = work(chosen, context, teacher=teacher, out=out, resume=resume, overrides=overrides)
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
-        return
-    results = trained.results
-    show_table(
-        str(trained.run.path),
-        ["student", "value"],
-        [
-            [f"test accuracy (n = {results['test_images']})", _percent(results["accuracy"])],
-            ["teacher's test accuracy", _percent(results["teacher_accuracy"])],
-            ["same label as the teacher", _percent(results["agreement"])],
-            ["R² of the fixed points", " ".join(f"{value:.3f}" for value in results["r2"])],
-            ["seconds", f"{results['seconds']:.0f}"],
-        ],
-        "epdistill export",
-    )
+    else:
+        student_table(trained)
 
 
 @app.command()
@@ -251,27 +285,46 @@ def evaluate(
         list[Path] | None,
         typer.Argument(help="Runs and .onnx files; the newest without any.", show_default=False),
     ] = None,
-    suite: Annotated[str, typer.Option("--suite", help="Which suite: quick.")] = "quick",
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="quick (the default), paper or full.", show_default=False),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Test images.")] = None,
+    subset: Annotated[
+        str | None,
+        typer.Option("--subset", help="Which ones: first or random.", show_default=False),
+    ] = None,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="Look for masked gradients; full always does.")
+    ] = False,
+    corruptions: Annotated[
+        Path | None, typer.Option("--corruptions", help="Folder with the CIFAR-10-C arrays.")
+    ] = None,
     data_root: RootFlag = None,
     download: DownloadFlag = False,
     seed: SeedFlag = None,
     device: DeviceFlag = "auto",
     out: OutFlag = None,
+    resume: ResumeFlag = False,
     runs: RunsFlag = RUNS,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Attack and corrupt models side by side; the worst case per image counts."""
     from epdistill.cli.tables import evaluation_table
-    from epdistill.robustness.suites import find_suite
+    from epdistill.robustness.results import threats
     from epdistill.workflows.evaluation import evaluate as work
+    from epdistill.workflows.request import Asked
 
-    find_suite(suite)
+    asked = Asked((), suite, limit, subset, seed, diagnose or None, corruptions)
     context = _context(runs, data_root, download, device, quiet)
-    done = work(models or [], context, limit=limit, seed=seed, out=out)
+    done = work(models or [], context, asked=asked, out=out, resume=resume)
     if json:
-        emit_json({"results": str(done.folder / "results.json"), "models": done.results["models"]})
+        rows = [
+            {key: model[key] for key in ("name", "kind", "verdict")} | {"threats": threats(model)}
+            for model in done.results["models"]
+        ]
+        emit_json({"results": str(done.folder / "results.json"), "models": rows})
     else:
         evaluation_table(done)
 

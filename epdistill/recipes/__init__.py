@@ -4,6 +4,16 @@ Precedence: recipe file, then environment (`EPDISTILL__TEACHER__EPOCHS=3`), then
 flags. The resolved recipe is saved with every run.
 """
 
+from epdistill.recipes.baselines import (
+    EP_CNN,
+    MODELS,
+    AdversarialRecipe,
+    BaselinesRecipe,
+    ConvRecipe,
+    VitRecipe,
+    WcaRecipe,
+    section_of,
+)
 from epdistill.recipes.loading import BUNDLED, load_recipe
 from epdistill.recipes.schema import (
     DataRecipe,
@@ -15,10 +25,18 @@ from epdistill.recipes.schema import (
 
 __all__ = [
     "BUNDLED",
+    "EP_CNN",
+    "MODELS",
+    "AdversarialRecipe",
+    "BaselinesRecipe",
+    "ConvRecipe",
     "DataRecipe",
     "EvaluateRecipe",
     "Recipe",
     "StudentRecipe",
     "TeacherRecipe",
+    "VitRecipe",
+    "WcaRecipe",
     "load_recipe",
+    "section_of",
 ]

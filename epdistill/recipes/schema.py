@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from epdistill.recipes.baselines import BaselinesRecipe, check_model
+from epdistill.recipes.section import Section as _Section
 
 Fraction = Field(ge=0.0, lt=1.0)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataRecipe(_Section):
@@ -128,16 +127,41 @@ class TeacherRecipe(_Section):
 
 
 class StudentRecipe(_Section):
-    """The student and how it is matched to the teacher's fixed points.
+    """The student, and how and where it is matched to its teacher.
 
     Attributes:
-        name: `resnet18` or `cnn`.
+        name: `cnn`, `resnet18`, `resnet34`, `mobilenet_v3_small`, `vit_tiny`, or
+            `torchvision:NAME` for any classification model of torchvision.
         width: Channels of the student's first stage; its own default without it.
-        inputs: Where in input space the teacher is matched: `clean` images, `noise`
-            (every image with Gaussian noise), or `mix` (half of each batch).
+        stages: Names of the stages matched to the teacher's layers, the last layer left
+            out; chosen by their sizes without it.
+        pretrained: A safetensors or torch file with weights for the backbone to start from.
+        loss: `distill` from the teacher, or, as a control, `ce`: cross-entropy with the
+            labels, without any teacher.
+        label_smoothing: Share of the label spread over all classes; `ce` only.
+        match: What is distilled: all layers' `states`, the `last` layer's alone, both with
+            the logits, or the `logits` alone.
+        distance: Between states: `mse` over the states' variance, `bce` for states in [0,1]
+            (the last layer, which is read linearly, keeps `mse`), or `cosine`.
+        readout: Of the last layer: the teacher's, `frozen`, or a `learned` one. Without it
+            frozen wherever states are matched and the teacher has a linear readout.
+        temperature: That both sides' logits are divided by (Hinton et al. 2015).
+        inputs: Where in input space: `clean` images, `noise` (every image with Gaussian
+            noise), `mix` (half of each batch with noise), `corruption` (every image with one
+            of `corruptions`), `adversarial` (where the student's loss is largest).
         noise_std: Standard deviation of that noise, in units of the [0,1] pixel range;
             each noisy image draws its own between 0 and this.
-        state_weight: Weight of the mean over layers of MSE / Var of the fixed points.
+        corruptions: Types drawn from, each at a random severity; the default are the four
+            that the mean corruption error leaves out.
+        adversarial_norm: Of the ball that is searched.
+        adversarial_eps: Its radius, on pixels in [0,1].
+        adversarial_steps: Gradient steps of that search.
+        adversarial_targets: The teacher's answer `there` or at the `clean` image.
+        cached_views: Train on this many replayed views of every image and keep the
+            teacher's answers to them on disk; 0 asks the teacher in every step.
+        fidelity_noise: Standard deviation of the noise under which fidelity is reported.
+        fidelity_eps: Linf radius of the PGD-10 under which fidelity is reported.
+        state_weight: Weight of the mean over layers of the states' distance.
         logit_weight: Weight of the KL divergence from the teacher's to the student's answer.
         learning_rate: Peak, reached after `warmup` of all steps.
         momentum: Of stochastic gradient descent (Nesterov).
@@ -150,8 +174,26 @@ class StudentRecipe(_Section):
 
     name: str = "resnet18"
     width: PositiveInt | None = None
-    inputs: Literal["clean", "noise", "mix"] = "mix"
+    stages: tuple[str, ...] | None = None
+    pretrained: str | None = None
+    loss: Literal["distill", "ce"] = "distill"
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    match: Literal["states", "last", "logits"] = "states"
+    distance: Literal["mse", "bce", "cosine"] = "mse"
+    readout: Literal["frozen", "learned"] | None = None
+    temperature: PositiveFloat = 1.0
+    inputs: Literal["clean", "noise", "mix", "corruption", "adversarial"] = "mix"
     noise_std: float = Field(default=0.1, ge=0.0, le=1.0)
+    corruptions: tuple[str, ...] = Field(
+        default=("speckle_noise", "gaussian_blur", "spatter", "saturate"), min_length=1
+    )
+    adversarial_norm: Literal["linf", "l2"] = "linf"
+    adversarial_eps: PositiveFloat = 8 / 255
+    adversarial_steps: PositiveInt = 5
+    adversarial_targets: Literal["there", "clean"] = "there"
+    cached_views: int = Field(default=0, ge=0)
+    fidelity_noise: PositiveFloat = 0.1
+    fidelity_eps: PositiveFloat = 8 / 255
     state_weight: float = Field(default=1.0, ge=0.0)
     logit_weight: float = Field(default=1.0, ge=0.0)
     learning_rate: PositiveFloat = 0.1
@@ -177,7 +219,7 @@ class FullRecipe(_Section):
         noise_samples: Random perturbations per image.
         hop_skip_jump_queries: Queries of HopSkipJump per image.
         hop_skip_jump_images: On how many images it runs.
-        autoattack_images: On how many images AutoAttack runs.
+        autoattack_images: On how many images of a model that relaxes AutoAttack runs.
         attack_sweeps: Unrolls that the temporal sweep attacks through.
         prediction_sweeps: Sweeps after which it reads the answer; the settled one is always read.
         temporal_images: On how many images.
@@ -194,7 +236,7 @@ class FullRecipe(_Section):
     noise_samples: PositiveInt = 100
     hop_skip_jump_queries: PositiveInt = 2000
     hop_skip_jump_images: PositiveInt = 20
-    autoattack_images: PositiveInt = 100
+    autoattack_images: int = Field(default=100, ge=100)
     attack_sweeps: tuple[PositiveInt, ...] = (5, 10, 29, 70)
     prediction_sweeps: tuple[PositiveInt, ...] = (10, 29, 70, 250)
     temporal_images: PositiveInt = 100
@@ -238,6 +280,8 @@ class EvaluateRecipe(_Section):
     l2: tuple[PositiveFloat, ...] = (0.1, 0.25, 0.5, 1.0)
     steps: PositiveInt = 20
     queries: PositiveInt = 200
+    full: FullRecipe = FullRecipe()
+    paper: PaperRecipe = PaperRecipe()
 
 
 class Recipe(_Section):
@@ -246,6 +290,8 @@ class Recipe(_Section):
     Attributes:
         name: The recipe's name, a run's name starts with it.
         seed: Of initial weights, data order, augmentation, noise and attacks.
+        model: The teacher that is trained: `ep-cnn`, or a baseline: `bp-cnn`, `adv-cnn`, `vit`,
+            `wca`.
         precision: `float32`, `float64`, or `bfloat16`: relaxations run in bfloat16 and are
             refined by differences from a float32 base (fast where the processor has
             bfloat16 matrix units); weights stay in float32.
@@ -253,8 +299,15 @@ class Recipe(_Section):
 
     name: str = "custom"
     seed: int = Field(default=0, ge=0, lt=2**31)
+    model: str = "ep-cnn"
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     data: DataRecipe = DataRecipe()
     teacher: TeacherRecipe = TeacherRecipe()
+    baselines: BaselinesRecipe = BaselinesRecipe()
     student: StudentRecipe = StudentRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+
+    @field_validator("model")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return check_model(name)

@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from epdistill.loading import model_name
+from epdistill.recipes import EP_CNN
 from epdistill.runs import Run
+
+_RULES = {
+    "ep": "Equilibrium Propagation",
+    "bptt": "backpropagation through time",
+    "implicit": "the implicit gradient at its fixed points",
+}
+_BASELINES = {
+    "bp-cnn": "Convolutional network trained by backpropagation",
+    "adv-cnn": "Convolutional network trained on adversarial images",
+    "vit": "Vision transformer",
+    "wca": "Stochastic network with weight-covariance alignment (WCA-Net)",
+}
 
 
 def card(run: Run) -> str:
     """Markdown text for the run's README.md."""
     config, results, data = run.config, run.config["results"], run.config["data"]
     recipe = config["recipe"]
-    n = results["test_images"]
     lines = [f"# {run.name}", ""]
     if run.kind == "teacher":
-        schedule = config["model"]["schedule"]
-        channels = "-".join(
-            str(layer["channels"]) for layer in config["model"]["architecture"]["layers"]
-        )
+        name = model_name(run)
+        if name == EP_CNN:
+            section = recipe["teacher"]
+            lines += _relaxing(run)
+        else:
+            section = recipe["baselines"][name.replace("-", "_")]
+            lines += _feedforward(run)
         lines += [
-            f"EP-CNN teacher ({channels}), trained by Equilibrium Propagation on {data['name']}.",
-            "",
-            "| figure | value |",
-            "|---|---|",
-            f"| test accuracy | {results['accuracy']:.4f} (n = {n}) |",
-            f"| mean sweeps per test image | {results['sweeps']:.1f} |",
-            f"| test images settled to {schedule['tolerance']:g} | {results['converged']:.4f} |",
-            f"| largest residual | {results['residual']:.3g} |",
-            f"| relaxation | {schedule['kind']}, omega {schedule['omega']:g}, "
-            f"at most {schedule['sweeps']} sweeps |",
+            f"| parameters | {results['parameters']:,} |",
+            f"| floating-point operations per image | {results['flops']:.3g} |",
         ]
-        section = recipe["teacher"]
+        for source, accuracy in results["published"].items():
+            lines.append(f"| published test accuracy on {source}, full size | {accuracy} |")
     else:
-        r2 = ", ".join(f"{value:.3f}" for value in results["r2"])
-        lines += [
-            f"{recipe['student']['name']} student of the EP-CNN teacher "
-            f"`{config['teacher']['name']}` on {data['name']}, matched to its fixed points "
-            f"on `{recipe['student']['inputs']}` inputs.",
-            "",
-            "| figure | value |",
-            "|---|---|",
-            f"| test accuracy | {results['accuracy']:.4f} (n = {n}) |",
-            f"| teacher's test accuracy | {results['teacher_accuracy']:.4f} |",
-            f"| same label as the teacher | {results['agreement']:.4f} |",
-            f"| R^2 of the fixed points, per layer | {r2} |",
-        ]
+        lines += _student(run)
         section = recipe["student"]
     environment = config["environment"]
     lines += [
@@ -57,3 +56,111 @@ def card(run: Run) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _relaxing(run: Run) -> list[str]:
+    """What is told of an EP-CNN."""
+    config, results = run.config, run.config["results"]
+    schedule = config["model"]["schedule"]
+    layers = config["model"]["architecture"]["layers"]
+    channels = "-".join(str(layer["channels"]) for layer in layers)
+    rule = _RULES[config["recipe"]["teacher"]["rule"]]
+    return [
+        f"EP-CNN teacher ({channels}), trained by {rule} on {config['data']['name']}.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| test accuracy | {results['accuracy']:.4f} (n = {results['test_images']}) |",
+        f"| mean sweeps per test image | {results['sweeps']:.1f} |",
+        f"| test images settled to {schedule['tolerance']:g} | {results['converged']:.4f} |",
+        f"| largest residual | {results['residual']:.3g} |",
+        f"| relaxation | {schedule['kind']}, omega {schedule['omega']:g}, "
+        f"at most {schedule['sweeps']} sweeps |",
+    ]
+
+
+def _feedforward(run: Run) -> list[str]:
+    """What is told of a baseline."""
+    config, results = run.config, run.config["results"]
+    lines = [
+        f"{_BASELINES[model_name(run)]}, on {config['data']['name']}.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| test accuracy | {results['accuracy']:.4f} (n = {results['test_images']}) |",
+    ]
+    if "without_noise" in results:
+        lines.append(f"| test accuracy without noise | {results['without_noise']:.4f} |")
+    if model_name(run) == "adv-cnn":
+        own = config["recipe"]["baselines"]["adv_cnn"]
+        lines.append(f"| trained within | {own['norm']} {own['eps']:g}, {own['steps']} PGD steps |")
+    return lines
+
+
+def _student(run: Run) -> list[str]:
+    """What is told of a student."""
+    config, results = run.config, run.config["results"]
+    own, found = config["recipe"]["student"], results["fidelity"]
+    taught = f"the teacher `{config['teacher']['name']}` on {config['data']['name']}"
+    if own["loss"] == "ce":
+        smoothed = (
+            f", {own['label_smoothing']:g} of them smoothed" if own["label_smoothing"] else ""
+        )
+        story = [
+            f"{own['name']} trained on the labels alone{smoothed}, on `{own['inputs']}` inputs: a "
+            f"control beside the students of {taught}."
+        ]
+    else:
+        matched = {"states": "states", "last": "last state", "logits": "logits alone"}[own["match"]]
+        story = [
+            f"{own['name']} student of {taught}, matched to its {matched} on `{own['inputs']}` "
+            "inputs."
+        ]
+    if own["inputs"] == "adversarial":
+        story += [
+            "",
+            f"Trained on adversarial inputs ({own['adversarial_norm']} "
+            f"{own['adversarial_eps']:.4g}, {own['adversarial_steps']} steps): its robustness is "
+            "trained for, not inherited from the teacher.",
+        ]
+    if own["inputs"] == "corruption":
+        story += [
+            "",
+            f"Trained on corrupted inputs ({', '.join(own['corruptions'])}): accuracy under these "
+            "and similar corruptions is trained for, not inherited from the teacher.",
+        ]
+    return [
+        *story,
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| test accuracy | {results['accuracy']:.4f} (n = {results['test_images']}) |",
+        f"| teacher's test accuracy | {results['teacher_accuracy']:.4f} |",
+        f"| expected calibration error, 15 bins | {results['ece']:.4f} |",
+        f"| parameters | {results['parameters']:,} |",
+        f"| floating-point operations per image | {results['flops']:.3g} |",
+        "",
+        "How near it is to its teacher, which sees the same images:",
+        "",
+        "| test images | same label | R^2 per layer | cosine per layer |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} (n = {row['images']}) | {row['agreement']:.4f} | "
+            f"{per_layer(row['r2'])} | {per_layer(row['cosine'])} |"
+            for name, row in (
+                ("clean", found["clean"]),
+                (f"noise {found['noise']['std']:g}", found["noise"]),
+                (f"PGD-10 Linf {found['adversarial']['eps']:.4g}", found["adversarial"]),
+            )
+        ),
+        "",
+        "How it was trained:",
+        "",
+        "| figure | value |",
+        "|---|---|",
+    ]
+
+
+def per_layer(values: Sequence[float | None]) -> str:
+    """One figure per layer, a dash for those that are not matched."""
+    return ", ".join("-" if value is None else f"{value:.3f}" for value in values)

@@ -13,8 +13,8 @@ from torch import Tensor
 from epdistill import __version__
 from epdistill.data import describe, to_float
 from epdistill.errors import RecipeError, RunError
-from epdistill.loading import load_student, load_teacher
-from epdistill.recipes import Recipe
+from epdistill.loading import load_epcnn, load_student, load_teacher, model_name
+from epdistill.recipes import EP_CNN, Recipe
 from epdistill.runs import Run, finished_runs, new_run_folder, newest_run, open_run, write_json
 from epdistill.workflows.context import Context, require_finished
 from epdistill.workflows.evaluation import EXPORTED, exported_file
@@ -35,18 +35,20 @@ ONNX = "student, onnxruntime"
 def export(
     context: Context, *, run: Path | None = None, out: Path | None = None
 ) -> tuple[Run, ExportResult]:
-    """Export a student to ONNX behind the parity gate.
+    """Export a student, or a baseline that answers without chance, behind the parity gate.
 
     Args:
         context: Folders, device, reporter.
-        run: The student's run; the newest one without it.
+        run: Its run; the newest student without it.
         out: The file to write; `model.onnx` in the run's folder without it.
+
+    Raises:
+        RunError: The run holds something that relaxes or answers at random.
     """
     from epdistill.export.onnx_export import export_onnx
 
-    source = open_run(run, "student") if run else newest_run(context.runs, "student")
-    require_finished(source)
-    student = load_student(source)
+    source = require_finished(open_run(run) if run else newest_run(context.runs, "student"))
+    model, origin = _deployable(source)
     data = context.data_of(source)
     path = out or exported_file(source)
     if path.suffix != ".onnx":
@@ -55,16 +57,13 @@ def export(
     metadata = {
         "data_set": str(data.name).partition(":")[0],
         "data_test_sha256": describe(data)["test_sha256"],
-        "student_run": source.name,
-        "student_weights_sha256": source.config["weights_sha256"],
-        "teacher_run": source.config["teacher"]["name"],
-        "teacher_weights_sha256": source.config["teacher"]["weights_sha256"],
+        **origin,
         "test_accuracy": f"{results['accuracy']:.6f}",
         "epdistill": __version__,
     }
     with context.reporter.bar("export", 1):
         result = export_onnx(
-            student.folded(),
+            model,
             path,
             image_shape=(data.channels, data.image_size, data.image_size),
             classes=data.classes,
@@ -72,6 +71,27 @@ def export(
             metadata=metadata,
         )
     return source, result
+
+
+def _deployable(source: Run) -> tuple[torch.nn.Module, dict[str, str]]:
+    """What is exported of a run, and what the file says about where it comes from."""
+    weights = source.config["weights_sha256"]
+    if source.kind == "teacher" and model_name(source) != EP_CNN:
+        baseline = load_teacher(source)
+        if baseline.stochastic:
+            raise RunError(
+                f"{source.path} is a {model_name(source)}, which answers at random; expected a "
+                "network that answers alike every time: distill a student from it and export that"
+            )
+        return baseline, {"baseline_run": source.name, "baseline_weights_sha256": weights}
+    student = load_student(source)
+    teacher = source.config["teacher"]
+    return student.folded(), {
+        "student_run": source.name,
+        "student_weights_sha256": weights,
+        "teacher_run": teacher["name"],
+        "teacher_weights_sha256": teacher["weights_sha256"],
+    }
 
 
 def predict(
@@ -182,7 +202,7 @@ def bench(
                 f"{source.path} has no {EXPORTED}; expected an exported student: "
                 f"type `epdistill export {source.path}` first"
             )
-        teacher = load_teacher(open_run(Path(source.config["teacher"]["path"]), "teacher"))
+        teacher = load_epcnn(open_run(Path(source.config["teacher"]["path"]), "teacher"))
         folded = load_student(source).folded().eval()
         classifier = OnnxClassifier.open_checked(path, threads=torch.get_num_threads())
         images = to_float(context.data_of(source).test.images[:64])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from epdistill.data import DataSet, to_float
 from epdistill.errors import DataError
-from epdistill.loading import load_teacher
+from epdistill.loading import load_epcnn
 from epdistill.recipes import Recipe
 from epdistill.runs import new_run_folder, open_run, write_json
 from epdistill.workflows.context import Context, require_finished
@@ -149,7 +149,7 @@ def _subject(
     if run is None:
         return _shipped(context)
     source = require_finished(open_run(run, "teacher"))
-    model = load_teacher(source).float()
+    model = load_epcnn(source).float()
     if model.readout is None:
         raise DataError(f"{source.path} has an mse readout; expected a cross-entropy one")
     return model, context.data_of(source), source.name

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epdistill.recipes import Recipe
+from epdistill.errors import RecipeError
+from epdistill.recipes import EP_CNN, Recipe
 from epdistill.runs import new_run_folder, write_json
 from epdistill.workflows.context import Context
 from epdistill.workflows.deployment import ONNX, PUBLISHED, SETTLED, Benched, bench, export
@@ -51,7 +52,16 @@ def worst_case(model: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def run_path(recipe: Recipe, context: Context, *, out: Path | None = None) -> Finished:
-    """The whole path on a recipe; `out` names the folder of the summary and the report."""
+    """The whole path on a recipe; `out` names the folder of the summary and the report.
+
+    Raises:
+        RecipeError: The recipe's model is a baseline: speed is compared with a relaxation.
+    """
+    if recipe.model != EP_CNN:
+        raise RecipeError(
+            f"recipe {recipe.name}: model = {recipe.model!r}; expected {EP_CNN} for the whole "
+            "path: type `epdistill teach` and `epdistill distill` one after the other"
+        )
     line = context.reporter.line
     line(f"[bold]recipe {recipe.name}[/bold]: teach → distill → export → evaluate → bench")
     teacher = teach(recipe, context)

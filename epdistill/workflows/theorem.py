@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epdistill.data import to_float
-from epdistill.loading import load_teacher
+from epdistill.loading import load_epcnn
 from epdistill.runs import atomic_write, new_run_folder, newest_run, open_run, write_json
 from epdistill.workflows.context import Context, environment, require_finished
 
@@ -47,7 +47,7 @@ def check(
     source = require_finished(
         open_run(run, "teacher") if run else newest_run(context.runs, "teacher")
     )
-    model = load_teacher(source)
+    model = load_epcnn(source)
     split = context.data_of(source).validation
     with context.reporter.bar("check-theorem", 1):
         found = check_theorem(model, to_float(split.images[:images]), split.labels[:images])

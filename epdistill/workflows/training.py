@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 
 from epdistill.augment import Augmentation
-from epdistill.data import DataSet, describe
-from epdistill.errors import RunError
+from epdistill.data import DataSet, describe, to_float
+from epdistill.errors import RecipeError, RunError
 from epdistill.loading import load_teacher
 from epdistill.recipes import Recipe
 from epdistill.recipes.loading import validate
@@ -37,6 +38,9 @@ from epdistill.workflows.context import (
     unfinished_run,
 )
 
+# On how many images the cost of an answer is measured: a relaxation's differs between them.
+FLOPS_IMAGES = 16
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -54,7 +58,7 @@ class Trained:
 def teach(
     recipe: Recipe, context: Context, *, out: Path | None = None, resume: bool = False
 ) -> Trained:
-    """Train an EP-CNN teacher.
+    """Train a teacher: an EP-CNN, or the baseline that the recipe names.
 
     Args:
         recipe: What to train; with `resume` the run's own recipe counts.
@@ -62,7 +66,8 @@ def teach(
         out: The run's folder; numbered automatically without it.
         resume: Continue `out`, or the newest unfinished teacher.
     """
-    from epdistill.teachers.teach import TeachTask, build_teacher, measure
+    from epdistill.teachers.figures import flops, parameters, published_accuracy
+    from epdistill.workflows.lessons import lesson_for
 
     if resume:
         run = unfinished_run(context, out, "teacher")
@@ -74,28 +79,25 @@ def teach(
         data = context.load_data(recipe.data, recipe.seed)
         folder, config = None, {}
     device = context.torch_device()
-    model = build_teacher(recipe, data).to(device, _dtype(recipe))
-    task = TeachTask(model, recipe, data.validation, context.reporter.line)
+    lesson = lesson_for(recipe, data, device, _dtype(recipe), context.reporter.line)
     if folder is None:
-        described = {
-            "architecture": model.architecture.to_dict(),
-            "schedule": model.schedule.to_dict(),
-        }
-        folder, config = _open_folder(context, out, "teacher", recipe, data, described, {})
+        folder, config = _open_folder(
+            context, out, "teacher", recipe, data, {"name": recipe.model, **lesson.described}, {}
+        )
     seconds = _train(
-        task, folder, config, recipe, data, context, device,
-        title="teach", epochs=recipe.teacher.epochs, batch_size=recipe.teacher.batch_size,
+        lesson.task, folder, config, recipe, data, context, device,
+        title="teach", epochs=lesson.epochs, batch_size=lesson.batch_size,
     )  # fmt: skip
-    found = measure(model, data.test)
+    sample = to_float(data.validation.images[:FLOPS_IMAGES].to(device))
     results = {
-        "accuracy": found.accuracy,
-        "sweeps": found.sweeps,
-        "converged": found.converged,
-        "residual": found.residual,
+        **lesson.measure(data.test),
         "test_images": len(data.test),
+        "parameters": parameters(lesson.model),
+        "flops": flops(lesson.model, sample),
+        "published": published_accuracy(recipe),
         "seconds": seconds,
     }
-    return _finish(folder, config, model, results)
+    return _finish(folder, config, lesson.model, results)
 
 
 def distill(
@@ -107,17 +109,20 @@ def distill(
     resume: bool = False,
     overrides: dict[str, Any] | None = None,
 ) -> Trained:
-    """Train a student on a teacher's fixed points.
+    """Train a student on a teacher's answers.
 
     Args:
-        recipe: What to train; without it the teacher's own recipe.
+        recipe: What to train; without it the teacher's own recipe, with `resume` the run's.
         context: Folders, device, reporter.
         teacher: The teacher's run; the newest one without it.
         out: The run's folder; numbered automatically without it.
         resume: Continue `out`, or the newest unfinished student.
-        overrides: Changes to the inherited recipe, as `{"student.epochs": 3}`.
+        overrides: Changes to the recipe, as `{"student.epochs": 3}`; another student than its
+            own does not inherit width, stages and weights.
     """
-    from epdistill.students.distill import DistillTask, build_student, measure
+    from epdistill.students.distill import DistillTask, build_student, cache_for, check
+    from epdistill.students.fidelity import fidelities
+    from epdistill.teachers.figures import flops, parameters
 
     if resume:
         run = unfinished_run(context, out, "student")
@@ -130,14 +135,18 @@ def distill(
     else:
         source = open_run(teacher, "teacher") if teacher else newest_run(context.runs, "teacher")
         folder, config = None, {}
+        if recipe is None:
+            recipe = inherit(source.config["recipe"], overrides or {}, str(source.path))
+        else:
+            given = recipe.model_dump(exclude_unset=True)
+            recipe = inherit(given, overrides or {}, recipe.name)
+        recipe = _on_data_of(recipe, source)
     require_finished(source)
-    if recipe is None:
-        recipe = inherit(source, overrides or {})
     data = context.data_of(source)
     device = context.torch_device()
     master = load_teacher(source).to(device)
+    check(recipe.student, master, data)
     student = build_student(recipe, master).to(device)
-    task = DistillTask(student, master, recipe, data.validation)
     if folder is None:
         pointer = {
             "path": str(source.path),
@@ -147,21 +156,51 @@ def distill(
         folder, config = _open_folder(
             context, out, "student", recipe, data, student.spec.to_dict(), {"teacher": pointer}
         )
+    cache = cache_for(recipe.student, student, master, data, folder)
+    if cache is not None:
+        context.reporter.line(f"{cache.path}: up to {cache.size_bytes / 1e9:.2f} GB of answers")
+    task = DistillTask(student, master, recipe, data.validation, cache)
     context.reporter.line(f"distilling from {source.path}")
     seconds = _train(
         task, folder, config, recipe, data, context, device,
         title="distill", epochs=recipe.student.epochs, batch_size=recipe.student.batch_size,
     )  # fmt: skip
-    found = measure(student, master, data.test)
+    found = fidelities(student, master, data.test, recipe.student, recipe.seed)
+    folded = student.folded().eval()
+    sample = to_float(data.validation.images[:1].to(device))
     results = {
-        "accuracy": found.accuracy,
-        "agreement": found.agreement,
-        "r2": list(found.r2),
+        **{key: found["clean"][key] for key in ("accuracy", "agreement", "ece")},
+        "r2": list(found["clean"]["r2"]),
+        "fidelity": found,
         "teacher_accuracy": source.config["results"]["accuracy"],
         "test_images": len(data.test),
+        "parameters": parameters(folded),
+        "flops": flops(folded, sample),
         "seconds": seconds,
     }
-    return _finish(folder, config, student, results)
+    trained = _finish(folder, config, student, results)
+    if cache is not None:
+        cache.remove()
+    return trained
+
+
+def _on_data_of(recipe: Recipe, source: Run) -> Recipe:
+    """The recipe on the data that a teacher was taught on.
+
+    Raises:
+        RecipeError: It asks for another data set or image size.
+    """
+    taught = {key: source.config["data"][key] for key in ("name", "image_size")}
+    for key in {"name", "image_size"} & recipe.data.model_fields_set:
+        asked = getattr(recipe.data, key)
+        if asked is not None and asked != taught[key]:
+            raise RecipeError(
+                f"recipe {recipe.name}: data.{key} = {asked!r}, but {source.path} was taught on "
+                f"{taught[key]!r}; expected the same: leave it away, or teach on {asked!r} first"
+            )
+    size = source.config["recipe"]["data"]["image_size"]
+    data = recipe.data.model_copy(update={"name": taught["name"], "image_size": size})
+    return recipe.model_copy(update={"data": data})
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
@@ -169,13 +208,23 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     return torch.float64 if recipe.precision == "float64" else torch.float32
 
 
-def inherit(source: Run, overrides: dict[str, Any]) -> Recipe:
-    """The recipe of a run with some keys changed; data set and seed come with it.
+def inherit(content: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> Recipe:
+    """A recipe with some keys changed; another student does not inherit what is one's own.
+
+    Args:
+        content: The recipe, as a run keeps it.
+        overrides: Changes, as `{"student.epochs": 3}`; None values are skipped.
+        source: Where the recipe is from, for error messages.
 
     Raises:
         RecipeError: A key is unknown or a value out of range.
     """
-    content = dict(source.config["recipe"])
+    content = {**content, "student": dict(content.get("student", {}))}
+    name = overrides.get("student.name")
+    if name is not None and name != content["student"].get("name"):
+        # A width, stages and weights belong to the student they were written for.
+        for key in ("width", "stages", "pretrained"):
+            content["student"].pop(key, None)
     for dotted, value in overrides.items():
         if value is None:
             continue
@@ -184,7 +233,7 @@ def inherit(source: Run, overrides: dict[str, Any]) -> Recipe:
             content[section] = {**content.get(section, {}), key: value}
         else:
             content[key] = value
-    return validate(content, str(source.path))
+    return validate(content, source)
 
 
 def _open_folder(
@@ -197,7 +246,7 @@ def _open_folder(
     extra: dict[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
     """Make the run's folder and write down what is about to happen."""
-    label = recipe.student.name if kind == "student" else "ep-cnn"
+    label = recipe.student.name.replace(":", "-") if kind == "student" else recipe.model
     folder = new_run_folder(out, context.runs, f"{recipe.name}-{label}")
     config = {
         "format_version": FORMAT_VERSION,

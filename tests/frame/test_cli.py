@@ -148,16 +148,134 @@ def test_evaluate_everything_that_is_there(work: Path, epd: Call) -> None:
     assert kinds == ["teacher", "student", "onnx"]
     on_disk = json.loads((work / content["results"]).read_text())
     assert on_disk["n"] == 16
-    views = {row["view"] for row in content["models"][0]["attacks"] if row["attack"] == "pgd"}
-    assert views == {"implicit", "unrolled-5", "unrolled-30"}
-    for model in content["models"]:
-        clean = model["clean"]["accuracy"]
-        assert all(row["accuracy"] <= clean for row in model["worst_case"])
-    student, onnx = content["models"][1:]
+    models = on_disk["models"]
+    views = {row["view"] for row in models[0]["attacks"] if row["attack"] == "pgd"}
+    assert views == {"implicit", "unrolled-2", "unrolled-5"}
+    for model, brief in zip(models, content["models"], strict=True):
+        assert brief.keys() == {"name", "kind", "verdict", "threats"}
+        assert (brief["name"], brief["verdict"]) == (model["name"], None)
+        clean, *threats = brief["threats"]
+        assert clean == {"threat": "clean", "eps": None, **model["clean"]}
+        cases = [("linf", 0.05), ("linf", 0.1), ("l2", 0.5), ("corruptions", None)]
+        assert [(row["threat"], row["eps"]) for row in threats] == cases
+        for row, worst in zip(threats, model["worst_case"], strict=False):
+            assert row["accuracy"] == worst["accuracy"] <= clean["accuracy"]
+            assert row["ci95"] == worst["ci95"] and row["n"] == 16
+    student, onnx = models[1:]
     assert student["clean"] == onnx["clean"]
     assert student["corruptions"] == onnx["corruptions"]
+    folder = (work / content["results"]).parent
+    for name in ("results.csv", "accuracy-linf.png", "transfer-l2.svg"):
+        assert (folder / name).is_file()
+    assert not (folder / "journal.jsonl").exists()
     again = epd("evaluate", "--json", "--quiet")
     assert again.json["models"] == content["models"]
+    refused(epd("evaluate", "--out", str(folder)), "already holds results")
+
+
+def test_an_interrupted_evaluation_is_resumed(
+    work: Path, epd: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from epdistill.robustness.journal import Journal
+
+    asked = ("evaluate", "--seed", "0", "--subset", "first", "--limit", "9", "--quiet")
+    straight = epd(*asked, "--out", "straight", "--json")
+    assert straight.code == 0, straight.err
+    put, done = Journal.put, []
+
+    def interrupted(journal: Journal, key: str, found: object) -> None:
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        done.append(key)
+        put(journal, key, found)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "put", interrupted)
+        stopped = epd(*asked)
+    assert stopped.code == 130
+    assert "Traceback" not in stopped.err
+    assert not (work / "runs/evaluate-001/results.json").exists()
+    refused(epd("evaluate", "--resume", "--limit", "8"), "limit = 9, not 8")
+    assert (work / "runs/evaluate-001/journal.jsonl").is_file()
+    resumed = epd("evaluate", "--resume", "--json", "--quiet")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["models"] == straight.json["models"]
+    for path in (work / "straight").iterdir():
+        assert path.read_bytes() == (work / "runs/evaluate-001" / path.name).read_bytes()
+    refused(epd("evaluate", "--resume"), "no unfinished evaluation under runs")
+    refused(epd("evaluate", "--resume", "--out", "straight"), "straight is complete")
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_is_resumed(work: Path, epd: Call) -> None:
+    """SIGKILL in the middle of the attacks, several times over: the same bytes in the end."""
+    command = [sys.executable, "-P", "-m", "epdistill", "evaluate", "--quiet", "--out"]
+    straight = subprocess.run([*command, "straight"], capture_output=True, check=False)
+    assert straight.returncode == 0
+    journal = work / "killed/journal.jsonl"
+    more: list[str] = []
+    for lines in (5, 40):
+        child = subprocess.Popen([*command, "killed", *more], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while child.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and journal.read_bytes().count(b"\n") >= lines:
+                break
+            time.sleep(0.005)
+        assert child.poll() is None, "the evaluation ended before it could be killed"
+        child.kill()
+        child.wait()
+        assert not (work / "killed/results.json").exists()
+        more = ["--resume"]
+    resumed = subprocess.run([*command, "killed", "--resume"], capture_output=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("results.json", "results.csv", "accuracy-linf.png"):
+        assert (work / "killed" / name).read_bytes() == (work / "straight" / name).read_bytes()
+
+
+def write_onnx(path: Path, *, batch: int | None = None, classes: int = 10, nan: bool = False):
+    """A linear classifier of 8x8 grey images, and what may be wrong with it."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows = "batch" if batch is None else batch
+    weight = np.full((64, classes), np.nan if nan else 0.1, np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["images"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weight"], ["logits"]),
+        ],
+        "linear",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [rows, 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [rows, classes])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"batch": 4}, ["other.onnx", "batch"]),
+        ({"classes": 3}, ["other.onnx", "3 classes", "10"]),
+        ({"nan": True}, ["other.onnx", "NaN"]),
+    ],
+)
+def test_files_that_cannot_be_judged(
+    work: Path, epd: Call, fault: dict[str, Any], words: list[str]
+) -> None:
+    write_onnx(work / "runs/tiny-cnn-001/other.onnx", **fault)
+    refused(epd("evaluate", "runs/tiny-cnn-001/other.onnx"), *words)
+    assert not (work / "runs/evaluate-001").exists()
+
+
+def test_any_classifier_file_is_judged(work: Path, epd: Call) -> None:
+    write_onnx(work / "runs/tiny-cnn-001/other.onnx")
+    outcome = epd("evaluate", "runs/tiny-cnn-001/other.onnx", "--json", "--quiet")
+    assert outcome.code == 0, outcome.err
+    (model,) = outcome.json["models"]
+    # Square runs in Linf; in L2 nothing attacked it, so there is no figure.
+    assert {row["threat"] for row in model["threats"]} == {"clean", "linf", "corruptions"}
 
 
 def test_bench_predict_report(work: Path, epd: Call) -> None:
@@ -254,6 +372,10 @@ def test_json_is_one_object_and_progress_goes_elsewhere(work: Path, epd: Call) -
         (["export", "--out", "model.txt"], ["model.txt", ".onnx"]),
         (["evaluate", "--suite", "quik"], ["quik", "quick"]),
         (["evaluate", "nothing"], ["nothing does not exist"]),
+        (["evaluate", "--subset", "middle"], ["middle", "first, random"]),
+        (["evaluate", "--corruptions", "nowhere"], ["nowhere does not exist", "CIFAR-10-C"]),
+        (["evaluate", "--resume"], ["no unfinished evaluation"]),
+        (["evaluate", "--resume", "--out", "empty"], ["empty has no journal.jsonl"]),
         (["predict", "missing.png"], ["missing.png"]),
         (["predict", "runs/tiny-cnn-001/model.onnx"], ["no image"]),
         (["bench", "--recipe", "nope"], ["unknown recipe 'nope'"]),

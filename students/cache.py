@@ -1,0 +1,131 @@
+"""A teacher's answers to replayed views, kept on disk as a memory map of float16.
+
+A view is an image as it was augmented and placed when it was first seen in that pass.
+Pass e trains on view e mod k: the first k passes fill the cache, the others replay it.
+Pictures are kept beside the answers, and both sides only ever see them as they were
+rounded, so a replayed step equals one with the teacher online.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epdistill.errors import RunError
+from epdistill.teachers.targets import Shape, Targets
+
+VIEWS = "views.f16"
+
+
+class ViewCache:
+    """`views` views of every training image, and what the teacher says to them.
+
+    Args:
+        folder: Where the file lies.
+        views: How many views an image has.
+        images: How many training images there are.
+        image: (channels, height, width) of one.
+        states: The same of the states that are kept.
+        classes: Length of the logits.
+        teacher: Images (N, C, H, W) in [0,1] to what it answers; its last states count.
+
+    Raises:
+        RunError: The disk has no room for it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        views: int,
+        images: int,
+        image: Shape,
+        states: Sequence[Shape],
+        classes: int,
+        teacher: Callable[[Tensor], Targets],
+    ) -> None:
+        self.path = folder / VIEWS
+        self.views, self.images, self._teacher = views, images, teacher
+        # One row: picture, states, logits, and whether the teacher had settled.
+        self._shapes: list[tuple[int, ...]] = [image, *states, (classes,), ()]
+        row = sum(prod(shape) for shape in self._shapes)
+        self.size_bytes = 2 * views * images * row
+        self.filled = torch.zeros(views, images, dtype=torch.bool)
+        self.found = self.path.is_file() and self.path.stat().st_size == self.size_bytes
+        if not self.found:
+            free = shutil.disk_usage(folder).free
+            if free < self.size_bytes:
+                raise RunError(
+                    f"{views} cached views need {self.size_bytes / 1e9:.2f} GB in {folder}, which "
+                    f"has {free / 1e9:.2f} GB free; expected fewer --cached-views, or a fuller disk"
+                )
+        mode: Literal["r+", "w+"] = "r+" if self.found else "w+"
+        self._rows = np.memmap(self.path, np.float16, mode, shape=(views * images, row))
+
+    def fetch(
+        self, view: int, index: Tensor, fresh: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Targets]:
+        """A batch of a view, from the file where it is there.
+
+        Args:
+            view: Which, from 0.
+            index: (N,) int64, the images' numbers in the training split.
+            fresh: Places in the batch, (M,) int64, to pictures (M, C, H, W) in [0,1]: asked
+                for those that are not there.
+
+        Returns:
+            The pictures and the teacher's answer to them, in float32 on the CPU; `sweeps`
+            are those of now, 0 for what was there.
+        """
+        missing = (~self.filled[view, index]).nonzero().squeeze(1)
+        sweeps = torch.zeros(len(index), dtype=torch.int64)
+        if len(missing) > 0:
+            pictures = fresh(missing).half()
+            said = self._teacher(pictures.float())
+            states = said.states[len(said.states) - (len(self._shapes) - 3) :]
+            parts = [pictures, *states, said.logits, said.settled]
+            flat = [part.reshape(len(missing), -1).half().cpu() for part in parts]
+            self._rows[self._places(view, index[missing])] = torch.cat(flat, 1).numpy()
+            self.filled[view, index[missing]] = True
+            if said.sweeps is not None:
+                sweeps[missing] = said.sweeps.cpu()
+        rows = torch.from_numpy(self._rows[self._places(view, index)]).float()
+        pieces = torch.split(rows, [prod(shape) for shape in self._shapes], dim=1)
+        picture, *kept, logits, settled = (
+            piece.reshape(len(index), *shape)
+            for piece, shape in zip(pieces, self._shapes, strict=True)
+        )
+        return picture, Targets(kept, logits, settled > 0, sweeps)
+
+    def _places(self, view: int, index: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        places: np.ndarray[tuple[int, ...], np.dtype[np.int64]] = (
+            view * self.images + index
+        ).numpy()
+        return places
+
+    def state(self) -> Tensor:
+        """Which rows are there, after they have been written out; (views, images) bool."""
+        self._rows.flush()
+        return self.filled.clone()
+
+    def restore(self, filled: Tensor) -> None:
+        """Take back what `state` gave; rows that were written later are asked for again.
+
+        Raises:
+            RunError: The file is gone.
+        """
+        if bool(filled.any()) and not self.found:
+            raise RunError(f"{self.path} is gone or of another size; restore it or train again")
+        self.filled = filled.clone()
+
+    def remove(self) -> None:
+        """Delete the file: a finished run has no use for it."""
+        del self._rows
+        self.path.unlink(missing_ok=True)

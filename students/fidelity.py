@@ -1,0 +1,202 @@
+"""How a student stands to its teacher: answers, states, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epdistill.data import Split, to_float
+from epdistill.recipes.schema import StudentRecipe
+from epdistill.students.model import Student
+from epdistill.teachers.targets import Teacher
+from epdistill.training import generator_of
+
+BATCH = 256
+BINS = 15
+ATTACKED_IMAGES, ATTACK_STEPS = 200, 10
+# (images (N, C, H, W) in [0,1], labels (N,), number of the first one) -> images.
+Change = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How a student stands to its teacher on some images.
+
+    Attributes:
+        images: How many.
+        accuracy: Share of images the student answers rightly.
+        teacher_accuracy: Share of images the teacher answers rightly.
+        agreement: Share of images on which student and teacher give the same label.
+        ece: Expected calibration error of the student over 15 bins of confidence.
+        settled: Share of images whose teacher had settled; the states of the others are
+            left out of what follows.
+        r2: Per layer, 1 - MSE / Var of the teacher's states; None for layers not matched.
+        cosine: Per layer, mean over images of the cosine with the teacher's state.
+    """
+
+    images: int
+    accuracy: float
+    teacher_accuracy: float
+    agreement: float
+    ece: float
+    settled: float
+    r2: tuple[float | None, ...]
+    cosine: tuple[float | None, ...]
+
+    @property
+    def mean_r2(self) -> float | None:
+        """Over the matched layers; None where there are none."""
+        known = [value for value in self.r2 if value is not None]
+        return sum(known) / len(known) if known else None
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error (Guo et al., ICML 2017): sum_b n_b / n |acc_b - conf_b|.
+
+    Args:
+        probabilities: (N, K).
+        labels: (N,) int64.
+        bins: Of equal width in (0, 1]; a confidence on a border belongs to the lower one.
+    """
+    confidence, answer = probabilities.double().max(1)
+    gap = (answer == labels).double() - confidence
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    sums = torch.zeros(bins, dtype=torch.float64, device=gap.device).index_add_(0, place, gap)
+    return float(sums.abs().sum() / len(labels))
+
+
+class _Layer:
+    """Running sums of one layer."""
+
+    def __init__(self) -> None:
+        self.square = self.total = self.error = self.cosine = 0.0
+        self.units = self.images = 0
+
+    def add(self, goal: Tensor, got: Tensor) -> None:
+        goal, got = goal.flatten(1).double(), got.flatten(1).double()
+        self.square += float(goal.square().sum())
+        self.total += float(goal.sum())
+        self.error += float((got - goal).square().sum())
+        self.cosine += float(torch.cosine_similarity(got, goal, dim=1).sum())
+        self.units += goal.numel()
+        self.images += len(goal)
+
+    def r2(self) -> float | None:
+        if self.units == 0:
+            return None
+        variance = self.square - self.total * self.total / self.units
+        return 1 - self.error / variance if variance > 0 else float(self.error == 0)
+
+    def mean_cosine(self) -> float | None:
+        return self.cosine / self.images if self.images else None
+
+
+@torch.no_grad()
+def measure(
+    student: Student,
+    teacher: Teacher,
+    split: Split,
+    *,
+    change: Change | None = None,
+    batch_size: int = BATCH,
+) -> Fidelity:
+    """A student beside its teacher on a split, every image once.
+
+    Args:
+        student: In any mode; measured in eval mode.
+        teacher: Sees the same images.
+        split: Images and labels.
+        change: What becomes of the images first.
+        batch_size: Images at a time.
+    """
+    training = student.training
+    student.eval()
+    depth, matched = len(teacher.shapes), student.spec.matched
+    layers = [_Layer() for _ in range(depth)]
+    right = theirs_right = same = settled = 0
+    chances, answers = [], []
+    device = teacher.mean.device
+    for start in range(0, len(split), batch_size):
+        images = to_float(split.images[start : start + batch_size].to(device))
+        labels = split.labels[start : start + batch_size].to(device)
+        if change is not None:
+            images = change(images, labels, start)
+        goal = teacher.targets(images)
+        landed, logits = student.match(images)
+        ours, theirs = logits.argmax(1), goal.logits.argmax(1)
+        right += int((ours == labels).sum())
+        theirs_right += int((theirs == labels).sum())
+        same += int((ours == theirs).sum())
+        settled += int(goal.settled.sum())
+        chances.append(logits.double().softmax(1))
+        answers.append(labels)
+        for n, got in enumerate(student.states(landed), start=depth - matched):
+            layers[n].add(goal.states[n][goal.settled], got[goal.settled])
+    student.train(training)
+    count = len(split)
+    return Fidelity(
+        count,
+        right / count,
+        theirs_right / count,
+        same / count,
+        calibration_error(torch.cat(chances), torch.cat(answers)),
+        settled / count,
+        tuple(layer.r2() for layer in layers),
+        tuple(layer.mean_cosine() for layer in layers),
+    )
+
+
+def with_noise(std: float, seed: int) -> Change:
+    """Gaussian noise of one standard deviation, clipped to [0,1]; images keep theirs per batch."""
+
+    def change(images: Tensor, labels: Tensor, start: int) -> Tensor:
+        noise = torch.randn(images.shape, generator=generator_of(seed, 2, start))
+        return (images + std * noise.to(images)).clamp(0, 1)
+
+    return change
+
+
+def with_attack(student: Student, eps: float, seed: int) -> Change:
+    """PGD-10 on the student's cross-entropy in the Linf ball."""
+    from epdistill.robustness.attacks import PGDSettings, pgd_linf
+
+    def change(images: Tensor, labels: Tensor, start: int) -> Tensor:
+        index = torch.arange(start, start + len(images))
+        settings = PGDSettings(steps=ATTACK_STEPS)
+        return pgd_linf(student, images, labels, eps, seed=seed, settings=settings, index=index)
+
+    return change
+
+
+def fidelities(
+    student: Student, teacher: Teacher, test: Split, recipe: StudentRecipe, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Fidelity on clean and noisy test images, and on the first 200 under attack.
+
+    Args:
+        student: The finished student.
+        teacher: Its teacher.
+        test: The test split.
+        recipe: Says how much noise, and the attack's radius.
+        seed: Of the noise and the attack.
+
+    Returns:
+        By `clean`, `noise` and `adversarial`: the fields of `Fidelity`, and `std` or `eps`.
+        The attack is one of ten steps: its accuracy is no robust accuracy.
+    """
+    first = Split(test.images[:ATTACKED_IMAGES], test.labels[:ATTACKED_IMAGES])
+    noise = with_noise(recipe.fidelity_noise, seed)
+    attack = with_attack(student, recipe.fidelity_eps, seed)
+    return {
+        "clean": vars(measure(student, teacher, test)),
+        "noise": {
+            "std": recipe.fidelity_noise, **vars(measure(student, teacher, test, change=noise)),
+        },
+        "adversarial": {
+            "eps": recipe.fidelity_eps, **vars(measure(student, teacher, first, change=attack)),
+        },
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The rivals: ordinary networks that are trained, evaluated and distilled from like an EP-CNN."""

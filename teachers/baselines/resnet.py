@@ -1,0 +1,60 @@
+"""The stages of a residual network for small and large images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+LARGE_IMAGE = 64
+
+
+def conv_bn_relu(below: int, above: int, kernel: int, stride: int) -> nn.Sequential:
+    """A convolution that keeps the size (or divides it by `stride`), BatchNorm and ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(below, above, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(above),
+        nn.ReLU(inplace=True),
+    )
+
+
+def resnet_stages(
+    in_channels: int, image_size: int, width: int, depths: Sequence[int] = (2, 2, 2, 2)
+) -> tuple[nn.Module, list[nn.Module]]:
+    """Stem and stages of a ResNet of basic blocks (He et al. 2016); the default is ResNet-18.
+
+    For 32 pixels the stages end at width x 32 x 32, 2 width x 16 x 16, 4 width x 8 x 8 and
+    8 width x 4 x 4. Images of 64 pixels and more get the ImageNet stem: they would cost 16
+    times as much otherwise.
+
+    Args:
+        in_channels: Image channels.
+        image_size: Side of the images, in pixels.
+        width: Channels of the first stage; doubled by every further one.
+        depths: Blocks per stage.
+    """
+    stem: nn.Module = conv_bn_relu(in_channels, width, 3, 1)
+    if image_size >= LARGE_IMAGE:
+        pool = nn.MaxPool2d(3, stride=2, padding=1)
+        stem = nn.Sequential(*conv_bn_relu(in_channels, width, 7, 2), pool)
+    stages: list[nn.Module] = []
+    below = width
+    for index, depth in enumerate(depths):
+        above = width * 2**index
+        blocks: list[nn.Module] = []
+        for block in range(depth):
+            stride = 2 if index and not block else 1
+            shortcut = None
+            if stride != 1 or below != above:
+                shortcut = nn.Sequential(
+                    nn.Conv2d(below, above, 1, stride, bias=False), nn.BatchNorm2d(above)
+                )
+            blocks.append(BasicBlock(below, above, stride, shortcut))
+            below = above
+        stages.append(nn.Sequential(*blocks))
+    for part in (stem, *stages):
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return stem, stages
