@@ -144,7 +144,7 @@ def _subject(
     if recipe is not None:
         from epdistill.teachers.teach import build_teacher
 
-        data = stand_in(recipe, images=256)
+        data = stand_in(recipe, images=BATCH)
         return build_teacher(recipe, data).eval(), data, f"untrained network of {recipe.name}"
     if run is None:
         return _shipped(context)
