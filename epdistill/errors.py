@@ -6,6 +6,7 @@
     +- RunError               a run folder is missing, of the wrong kind, or damaged
     +- ExportError            an export could not be made or did not pass its gate
     |  +- ParityError         the exported graph does not compute what the model computes
+    +- RequestError           a request that the server refuses, with an HTTP status
     +- EvaluationError        an attack or a model broke the rules of evaluation
     +- DivergedError          training left the finite numbers
     +- InterruptedByUserError Ctrl-C; exit code 130
@@ -40,6 +41,20 @@ class ExportError(EpdistillError):
 
 class ParityError(ExportError):
     """The exported graph computes something else than the model; nothing was written."""
+
+
+class RequestError(EpdistillError):
+    """A request that the server refuses.
+
+    Attributes:
+        status: The HTTP status of the answer, 4xx or 5xx.
+        retry: Whether the same request may succeed a little later.
+    """
+
+    def __init__(self, status: int, message: str, *, retry: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry = retry
 
 
 class EvaluationError(EpdistillError):

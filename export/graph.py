@@ -26,6 +26,8 @@ CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 # The largest file worth opening: protobuf itself stops at 2 GiB, and checking
 # holds the bytes, the parsed graph and the session in memory at once.
 MAX_BYTES = 1 << 30
+# More sweeps than any relaxation needs: a loop must come to an end.
+MAX_TRIPS = 10_000
 
 # Where a tensor keeps its values.
 _NUMBERS = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data")
@@ -52,15 +54,17 @@ def messages(root: Any) -> Iterator[Any]:
                 stack.extend(value)
 
 
-def parse_checked(data: bytes, source: str) -> ModelProto:
+def parse_checked(data: bytes, source: str, *, loops: bool = False) -> ModelProto:
     """Parse the bytes of a model and refuse what this package does not run.
 
     Args:
         data: The whole file.
         source: How messages call it (a path).
+        loops: Allow loops of a fixed length that do not contain others: a teacher's
+            relaxation. To be set only where the manifest says so.
 
     Returns:
-        The parsed model: self-contained, standard operators, no control flow.
+        The parsed model: self-contained, standard operators, no other control flow.
 
     Raises:
         ExportError: Not an ONNX model, cut short, too large, or it holds external
@@ -89,7 +93,8 @@ def parse_checked(data: bytes, source: str) -> ModelProto:
         if isinstance(message, NodeProto):
             domains.add(message.domain)
             holds_graph = any(item.HasField("g") or item.graphs for item in message.attribute)
-            if message.op_type in CONTROL_FLOW or holds_graph:
+            controls = message.op_type in CONTROL_FLOW or holds_graph
+            if controls and not (loops and message.op_type == "Loop"):
                 raise ExportError(
                     f"{source} uses the control-flow operator {message.op_type}; "
                     "expected a feedforward graph: export a student"
@@ -107,7 +112,26 @@ def parse_checked(data: bytes, source: str) -> ModelProto:
             f"{source} uses operators of the domain {unknown[0]!r}; expected standard ONNX "
             "operators only: export without custom operators"
         )
+    if loops:
+        _check_loops(proto, source)
     return proto
+
+
+def _check_loops(proto: ModelProto, source: str) -> None:
+    """Refuse loops inside others, and those whose length the file does not fix."""
+    from onnx import NodeProto, numpy_helper
+
+    found = [m for m in messages(proto) if isinstance(m, NodeProto) and m.op_type == "Loop"]
+    outer = [node for node in proto.graph.node if node.op_type == "Loop"]
+    lengths = {tensor.name: tensor for tensor in proto.graph.initializer}
+    lengths = {node.input[0]: lengths[node.input[0]] for node in outer if node.input[0] in lengths}
+    trips = [int(numpy_helper.to_array(tensor).reshape(-1)[0]) for tensor in lengths.values()]
+    fixed = all(node.input[0] in lengths for node in outer)
+    if len(found) != len(outer) or not fixed or not all(0 < n <= MAX_TRIPS for n in trips):
+        raise ExportError(
+            f"{source} holds a loop that is nested or not of a fixed length of 1 to {MAX_TRIPS}; "
+            "expected a teacher's relaxation: export it again"
+        )
 
 
 def strip_traces(proto: ModelProto) -> None:

@@ -1,8 +1,9 @@
 """The manifest: a JSON file beside the model that says what was shipped and what it passed.
 
-`model.onnx` has `model.json`. The model is written first and the manifest last,
-so a manifest vouches only for a file that is complete; a reader compares the
-SHA-256 and refuses a file that was changed, cut or mixed up.
+`model.onnx` has `model.json`, and the card `model.md` that tells people the same. The
+model is written first and the manifest last, so a manifest vouches only for a file
+that is complete; a reader compares the SHA-256 and refuses a file that was changed,
+cut or mixed up. The keys are documented in docs/export.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 from epdistill.errors import ExportError
 
 FORMAT_VERSION = 1
+STUDENT, BASELINE, TEACHER = "student", "baseline", "teacher"
+FLOAT32, INT8, FLOAT16 = "float32", "int8", "float16"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Manifest:
         image_shape: (C, H, W) of one image.
         parity: The figures of the gate it passed, see `ParityReport.to_json`.
         metadata: The `metadata_props` inside the file.
+        kind: `"student"`, `"baseline"` or `"teacher"`; a teacher's file may hold a loop.
+        precision: `"float32"`, `"int8"` or `"float16"`: what most of the file computes in.
+        figures: What else was measured: accuracy, robustness, the loss by quantisation.
     """
 
     sha256: str
@@ -38,6 +44,9 @@ class Manifest:
     image_shape: tuple[int, int, int]
     parity: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    kind: str = STUDENT
+    precision: str = FLOAT32
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sha256_of(data: bytes) -> str:
@@ -50,8 +59,13 @@ def manifest_path(model: Path) -> Path:
     return model.with_suffix(".json")
 
 
+def card_path(model: Path) -> Path:
+    """Where the card of a model file stands: `<stem>.md` in the same folder."""
+    return model.with_suffix(".md")
+
+
 def write_artifact(path: Path, data: bytes, manifest: Manifest) -> Path:
-    """Write a model file and then its manifest, each atomically.
+    """Write a model file, its card and then its manifest, each atomically.
 
     Args:
         path: The model file; its folder is created where needed.
@@ -64,21 +78,42 @@ def write_artifact(path: Path, data: bytes, manifest: Manifest) -> Path:
     Raises:
         ExportError: The manifest speaks of other bytes, or the place cannot be written.
     """
-    from epdistill.runs import atomic_write, write_json  # brings torch, which readers do not need
+    # Brings torch, which readers do not need.
+    from epdistill.runs import atomic_write
 
     if manifest.sha256 != sha256_of(data):
         raise ExportError(f"the manifest for {path} speaks of other bytes; expected their SHA-256")
-    beside = manifest_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return write_manifest(path, manifest)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> Path:
+    """Write the card and the manifest of the model file `path`; the manifest's path.
+
+    Raises:
+        ExportError: The place cannot be written.
+    """
+    from epdistill.export.card import card
+    from epdistill.runs import atomic_write, write_json
+
+    beside = manifest_path(path)
+    try:
+        atomic_write(card_path(path), card(manifest, path.name))
         write_json(beside, {"format_version": FORMAT_VERSION, **asdict(manifest)})
     except OSError as error:
-        raise ExportError(
-            f"cannot write {path} ({error.strerror or error}); expected a writable folder: "
-            "choose another place"
-        ) from error
+        raise _unwritable(path, error) from error
     return beside
+
+
+def _unwritable(path: Path, error: OSError) -> ExportError:
+    return ExportError(
+        f"cannot write {path} ({error.strerror or error}); expected a writable folder: "
+        "choose another place"
+    )
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -109,6 +144,9 @@ def read_manifest(path: Path) -> Manifest:
             image_shape=(channels, height, width),
             parity=dict(content["parity"]),
             metadata={str(key): str(value) for key, value in content["metadata"].items()},
+            kind=str(content.get("kind", STUDENT)),
+            precision=str(content.get("precision", FLOAT32)),
+            figures=dict(content.get("figures", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(

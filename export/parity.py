@@ -124,7 +124,9 @@ class _Case:
     tolerance: float
 
 
-def check_parity(reference: nn.Module, run: Run, images: Tensor, *, seed: int) -> ParityReport:
+def check_parity(
+    reference: nn.Module, run: Run, images: Tensor, *, seed: int, bytes_only: bool = False
+) -> ParityReport:
     """Compare a graph with the module it was made from.
 
     Neither the module (copies are used, in eval mode, on the CPU) nor the global
@@ -135,6 +137,7 @@ def check_parity(reference: nn.Module, run: Run, images: Tensor, *, seed: int) -
         run: The graph: float32 (n, C, H, W) arrays to (n, K) arrays.
         images: float32 (N, C, H, W) in [0,1], N >= 1: real images, all of which are used.
         seed: Seeds the noise images.
+        bytes_only: The graph sees bytes: compare on multiples of 1/255.
 
     Returns:
         The figures; having them means the gate was passed.
@@ -149,6 +152,8 @@ def check_parity(reference: nn.Module, run: Run, images: Tensor, *, seed: int) -
     double = deepcopy(reference).cpu().double().eval()
     rows: list[ParityRow] = []
     for name, pool in _pools(images.detach().cpu(), seed).items():
+        if bytes_only:
+            pool = (pool * 255).round() / 255
         case = _case(name, pool, single, double)
         # The largest batch goes first: it covers every image and is what the
         # answers in smaller batches are compared with.

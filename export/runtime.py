@@ -7,9 +7,8 @@ onnxruntime, so nothing can be swapped in between.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,10 +17,10 @@ import numpy.typing as npt
 
 from epdistill.errors import DataError, ExportError
 from epdistill.export.graph import MAX_BYTES, parse_checked
-from epdistill.export.manifest import manifest_path, read_manifest, verify
+from epdistill.export.manifest import TEACHER, manifest_path, read_manifest, verify
+from epdistill.export.signature import read_signature
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, ValueInfoProto
     from torch import Tensor
 
 # onnxruntime's official builds report to a collector unless this is set before
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 # package, and why onnxruntime is imported late.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-CLASSES_KEY = "epdistill.classes"
+DEFAULT_PROVIDER = "CPUExecutionProvider"
 
 Array = npt.NDArray[np.float32]
 
@@ -44,9 +43,10 @@ def available_cores() -> int:
 class OnnxClassifier:
     """A classifier in an ONNX file: images in [0,1] to logits, on CPU threads.
 
-    Any self-contained ONNX image classifier will do: one float32 input
-    (batch, C, H, W) with a free batch and fixed C, H, W, one float32 output
-    (batch, K). Without class names in its metadata the classes are "0".."K-1".
+    Any self-contained ONNX image classifier will do: one input, float32
+    (batch, C, H, W) or uint8 (batch, H, W, C), with a free batch and fixed C, H, W, one
+    float32 output (batch, K). Without class names in its metadata the classes are
+    "0".."K-1".
 
     Args:
         data: The bytes of the file; `open` and `open_checked` read them from a path.
@@ -54,8 +54,11 @@ class OnnxClassifier:
         threads: Threads inside an operator; all available cores when None. Operators
             run one after the other, and waiting threads sleep instead of spinning,
             which on a shared machine takes time from the work itself.
+        loops: Allow a relaxation's loop (see `epdistill.export.graph.parse_checked`).
+        providers: onnxruntime's execution providers, the preferred one first.
 
     Attributes:
+        signature: What the graph takes and gives.
         classes: Names of the K classes in the order of the logits.
         input_shape: (C, H, W) of one image.
         metadata: The file's `metadata_props`.
@@ -67,18 +70,26 @@ class OnnxClassifier:
             (see `epdistill.export.graph.parse_checked`).
     """
 
-    def __init__(self, data: bytes, *, source: str, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        source: str,
+        threads: int | None = None,
+        loops: bool = False,
+        providers: Sequence[str] = (DEFAULT_PROVIDER,),
+    ) -> None:
         threads = available_cores() if threads is None else threads
         if threads < 1:
             raise ExportError(f"received {threads} threads; expected at least 1")
-        proto = parse_checked(data, source)
+        proto = parse_checked(data, source, loops=loops)
         self.source = source
         self.threads = threads
         self.metadata: dict[str, str] = {item.key: item.value for item in proto.metadata_props}
-        self._input, self.input_shape = _image_input(proto, source)
-        self._output, outputs = _logits_output(proto, source)
-        self.classes: tuple[str, ...] = _classes(self.metadata, outputs, source)
-        self._session = _session(data, source, threads)
+        self.signature = read_signature(proto, source)
+        self.input_shape = self.signature.image_shape
+        self.classes = self.signature.classes
+        self._session = _session(data, source, threads, providers)
 
     @classmethod
     def open(cls, path: Path, *, threads: int | None = None) -> OnnxClassifier:
@@ -86,24 +97,42 @@ class OnnxClassifier:
         return cls(_read(path), source=str(path), threads=threads)
 
     @classmethod
-    def open_checked(cls, path: Path, *, threads: int | None = None) -> OnnxClassifier:
+    def open_checked(
+        cls,
+        path: Path,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = (DEFAULT_PROVIDER,),
+        require_manifest: bool = False,
+    ) -> OnnxClassifier:
         """Open a file; where a manifest stands beside it, its SHA-256 must match.
+
+        Only a manifest that says so makes a file a teacher's, which may hold a loop.
+
+        Args:
+            path: The file.
+            threads: As for the class.
+            providers: As for the class.
+            require_manifest: Refuse a file that has none.
 
         Raises:
             ExportError: The file or its manifest is missing, damaged or not acceptable.
         """
         data = _read(path)
-        beside = manifest_path(path)
-        if beside.exists():
-            verify(data, read_manifest(beside), str(path))
-        return cls(data, source=str(path), threads=threads)
+        beside, loops = manifest_path(path), False
+        if require_manifest or beside.exists():
+            manifest = read_manifest(beside)
+            verify(data, manifest, str(path))
+            loops = manifest.kind == TEACHER
+        return cls(data, source=str(path), threads=threads, loops=loops, providers=providers)
 
     def run(self, images: Array) -> Array:
         """Logits of a batch.
 
         Args:
             images: float32 (N, C, H, W), meant to be in [0,1] (not looked at here:
-                a NaN goes in and comes out).
+                a NaN goes in and comes out). A graph that takes bytes is shown the
+                nearest ones, and NaN is refused.
 
         Returns:
             float32 (N, K).
@@ -118,17 +147,33 @@ class OnnxClassifier:
                 f"received {images.dtype} images of shape {tuple(images.shape)}; {self.source} "
                 f"expects float32 of shape (N, {expected}), values in [0, 1]: convert or resize"
             )
+        return self.run_feed(self.feed(images))
+
+    def run_feed(self, feed: Mapping[str, npt.NDArray[Any]]) -> Array:
+        """Logits (N, K) for what `feed` gives, or for tensors made the same way.
+
+        Raises:
+            ExportError: onnxruntime failed on this batch.
+        """
         try:
-            (logits,) = self._session.run(
-                [self._output], {self._input: np.ascontiguousarray(images)}
-            )
+            (logits,) = self._session.run([self.signature.output], feed)
         except Exception as error:  # onnxruntime's errors share no other base
+            size = len(feed[self.signature.input])
             raise ExportError(
-                f"{self.source} failed on a batch of {len(images)} ({_one_line(error)}); "
+                f"{self.source} failed on a batch of {size} ({_one_line(error)}); "
                 "expected a graph that takes any batch size: export it again"
             ) from error
         result: Array = logits
         return result
+
+    def feed(self, images: Array) -> dict[str, npt.NDArray[Any]]:
+        """What onnxruntime is given for float32 (N, C, H, W) images, by input name."""
+        if not self.signature.pixels:
+            return {self.signature.input: np.ascontiguousarray(images)}
+        if np.isnan(images).any():
+            raise DataError(f"received images with NaN; {self.source} takes bytes: leave them out")
+        pixels = np.rint(np.clip(images, 0, 1) * np.float32(255)).astype(np.uint8)
+        return {self.signature.input: np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))}
 
     @overload
     def __call__(self, images: Array) -> Array: ...
@@ -162,105 +207,38 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _session(data: bytes, source: str, threads: int) -> Any:
+def _session(data: bytes, source: str, threads: int, providers: Sequence[str]) -> Any:
     """An onnxruntime session on exactly these bytes."""
     import onnxruntime
 
+    known = onnxruntime.get_available_providers()
+    for provider in providers:
+        if provider not in known:
+            raise ExportError(
+                f"received execution provider {provider}; expected one of {', '.join(known)}, "
+                "which this build of onnxruntime has: install another build, or choose among them"
+            )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # what goes wrong is raised, once, not also printed
     try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(data, options, providers=list(providers))
     except Exception as error:  # onnxruntime's errors share no other base
         raise ExportError(
             f"{source} is not a valid ONNX model ({_one_line(error)}); export it again"
         ) from error
+    # Where a provider cannot start, onnxruntime goes on without it and says so in a log at most.
+    used = session.get_providers()
+    if used[: len(providers)] != list(providers):
+        raise ExportError(
+            f"{source} would run on {', '.join(used)}; expected {', '.join(providers)}: "
+            "mend what keeps it from starting, or choose another provider"
+        )
+    return session
 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _sizes(value: ValueInfoProto) -> tuple[int | None, ...]:
-    """The declared dimensions; None for one that is free."""
-    dims = value.type.tensor_type.shape.dim
-    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
-
-
-def _is_float32(value: ValueInfoProto) -> bool:
-    from onnx import TensorProto
-
-    return bool(value.type.tensor_type.elem_type == TensorProto.FLOAT)
-
-
-def _only(values: Sequence[ValueInfoProto], what: str, source: str) -> ValueInfoProto:
-    if len(values) != 1:
-        names = ", ".join(value.name for value in values)
-        raise ExportError(
-            f"{source} has {len(values)} {what}s ({names}); expected one: export a classifier"
-        )
-    return values[0]
-
-
-def _image_input(proto: ModelProto, source: str) -> tuple[str, tuple[int, int, int]]:
-    """Name and (C, H, W) of the only input."""
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    real = [value for value in proto.graph.input if value.name not in weights]
-    value = _only(real, "input", source)
-    match _sizes(value):
-        case (None, int(channels), int(height), int(width)) if _is_float32(value):
-            return value.name, (channels, height, width)
-        case (int(batch), _, _, _):
-            raise ExportError(
-                f"{source} takes batches of exactly {batch}; expected a free batch dimension: "
-                "export it again with a dynamic batch"
-            )
-        case sizes:
-            raise ExportError(
-                f"{source} has the input {value.name} with dimensions {_shown(sizes)}; expected "
-                "float32 (batch, C, H, W) with fixed C, H, W: export an image classifier"
-            )
-
-
-def _logits_output(proto: ModelProto, source: str) -> tuple[str, int]:
-    """Name and number of classes of the only output."""
-    value = _only(proto.graph.output, "output", source)
-    match _sizes(value):
-        case (None, int(classes)) if _is_float32(value):
-            return value.name, classes
-        case (int(batch), _):
-            raise ExportError(
-                f"{source} answers batches of exactly {batch}; expected a free batch dimension: "
-                "export it again with a dynamic batch"
-            )
-        case sizes:
-            raise ExportError(
-                f"{source} has the output {value.name} with dimensions {_shown(sizes)}; expected "
-                "float32 (batch, K) logits: export a classifier"
-            )
-
-
-def _shown(sizes: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("?" if size is None else str(size) for size in sizes) + ")"
-
-
-def _classes(metadata: dict[str, str], outputs: int, source: str) -> tuple[str, ...]:
-    if CLASSES_KEY not in metadata:
-        return tuple(str(number) for number in range(outputs))
-    try:
-        names = json.loads(metadata[CLASSES_KEY])
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ExportError(
-            f"{source} has unreadable metadata {CLASSES_KEY}; expected a JSON list of names: "
-            "export it again"
-        )
-    if len(names) != outputs:
-        raise ExportError(
-            f"{source} names {len(names)} classes for {outputs} logits; expected one name per logit"
-        )
-    return tuple(names)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 from epdistill.students.registry import Request, Stages, register
+from epdistill.teachers.baselines.resnet import resnet_stages
 
 
 def _conv_bn_relu(
@@ -33,32 +33,7 @@ class ResNet(Stages):
 
 def _resnet(request: Request, depths: tuple[int, ...]) -> nn.Module:
     width = request.width or 64
-    if request.small:
-        stem = nn.Sequential(*_conv_bn_relu(request.in_channels, width, 3, 1, 1))
-    else:
-        # The ImageNet stem: large images would otherwise cost 16 times as much.
-        pool = nn.MaxPool2d(3, stride=2, padding=1)
-        stem = nn.Sequential(*_conv_bn_relu(request.in_channels, width, 7, 2, 3), pool)
-    stages: list[nn.Module] = []
-    below = width
-    for index, depth in enumerate(depths):
-        above, stride = width * 2**index, 1 if index == 0 else 2
-        blocks: list[nn.Module] = []
-        for block in range(depth):
-            step = stride if block == 0 else 1
-            shortcut = None
-            if step != 1 or below != above:
-                shortcut = nn.Sequential(
-                    nn.Conv2d(below, above, 1, step, bias=False), nn.BatchNorm2d(above)
-                )
-            blocks.append(BasicBlock(below, above, step, shortcut))
-            below = above
-        stages.append(nn.Sequential(*blocks))
-    backbone = ResNet(stem, stages)
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return backbone
+    return ResNet(*resnet_stages(request.in_channels, request.image_size, width, depths))
 
 
 @register("resnet18")

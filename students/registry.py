@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from epdistill.errors import RecipeError
 from epdistill.teachers.architecture import LayerSpec
+from epdistill.teachers.baselines.resnet import LARGE_IMAGE
 from epdistill.teachers.targets import Shape
 
-# Smaller images keep their resolution in the stem.
-LARGE_IMAGE = 64
 TORCHVISION = "torchvision:"
 
 

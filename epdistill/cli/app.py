@@ -4,16 +4,37 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from epdistill.cli.ablate import ablate
+from epdistill.cli.bench import bench
+from epdistill.cli.export import export
+from epdistill.cli.flags import (
+    RUNS,
+    DataFlag,
+    DeviceFlag,
+    DownloadFlag,
+    EpochsFlag,
+    JsonFlag,
+    OutFlag,
+    PrecisionFlag,
+    QuietFlag,
+    RecipeFlag,
+    ResumeFlag,
+    RootFlag,
+    RunsFlag,
+    SeedFlag,
+    SizeFlag,
+    context_of,
+    overrides_of,
+    recipe_for,
+)
 from epdistill.cli.output import emit_json, show_table
+from epdistill.cli.serve import serve
 from epdistill.errors import InterruptedByUserError
-
-if TYPE_CHECKING:
-    from epdistill.workflows.context import Context
 
 
 class _Group(TyperGroup):
@@ -36,55 +57,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-RecipeFlag = Annotated[
-    str | None, typer.Option("--recipe", help="Bundled recipe or TOML file.", show_default=False)
-]
-DataFlag = Annotated[
-    str | None,
-    typer.Option(
-        "--data", help="digits, mnist, fashion-mnist, cifar10, cifar100, svhn or folder:PATH."
-    ),
-]
-RootFlag = Annotated[
-    Path | None, typer.Option("--data-root", help="Folder with downloaded data sets.")
-]
-DownloadFlag = Annotated[bool, typer.Option("--download", help="Fetch the data set if missing.")]
-SizeFlag = Annotated[
-    int | None, typer.Option("--image-size", help="Resize the images of a folder to this side.")
-]
-EpochsFlag = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data.")]
-SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
-DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-PrecisionFlag = Annotated[
-    str | None, typer.Option("--precision", help="float32, bfloat16 or float64.")
-]
-OutFlag = Annotated[Path | None, typer.Option("--out", help="Where to write; numbered by itself.")]
-ResumeFlag = Annotated[
-    bool, typer.Option("--resume", help="Continue --out, or the newest unfinished run.")
-]
-RunsFlag = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-RUNS = Path("runs")
-
-
-def _context(runs: Path, root: Path | None, download: bool, device: str, quiet: bool) -> Context:
-    from epdistill.console import Reporter
-    from epdistill.workflows.context import Context
-
-    return Context(runs, root, download, device, Reporter(quiet=quiet))
-
-
-def _overrides(section: str, **values: Any) -> dict[str, Any]:
-    """Flags as recipe keys; the shared ones keep their place."""
-    places = {"epochs": f"{section}.epochs", "data": "data.name", "image_size": "data.image_size"}
-    return {places.get(name, name): value for name, value in values.items()}
-
-
-def _recipe_for(data: str | None) -> str:
-    """The recipe when none is named: one of the data set's own, or the rule from the image size."""
-    return "digits" if data in (None, "digits") else "default"
 
 
 def _percent(value: float) -> str:
@@ -129,12 +101,12 @@ def run_command(
     from epdistill.recipes import load_recipe
     from epdistill.workflows.path import run_path
 
-    overrides = _overrides(
+    overrides = overrides_of(
         "teacher", data=data, image_size=image_size, epochs=epochs, seed=seed, precision=precision
     )
     overrides["student.epochs"] = epochs
-    context = _context(runs, data_root, download, device, quiet)
-    finished = run_path(load_recipe(recipe or _recipe_for(data), overrides), context, out=out)
+    context = context_of(runs, data_root, download, device, quiet)
+    finished = run_path(load_recipe(recipe or recipe_for(data), overrides), context, out=out)
     if json:
         emit_json(finished.summary)
     else:
@@ -178,17 +150,17 @@ def teach(
     from epdistill.recipes import EP_CNN, load_recipe, section_of
     from epdistill.workflows.training import teach as work
 
-    source = recipe or _recipe_for(data)
+    source = recipe or recipe_for(data)
     chosen = load_recipe(source, {"model": model}).model
     if rule and chosen != EP_CNN:
         raise RecipeError(f"--rule {rule} for a {chosen}; expected it with an {EP_CNN} alone")
-    overrides = _overrides(
+    overrides = overrides_of(
         section_of(chosen),
         model=model, data=data, image_size=image_size, epochs=epochs, seed=seed,
         precision=precision,
     )  # fmt: skip
     overrides["teacher.rule"] = rule
-    context = _context(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet)
     trained = work(load_recipe(source, overrides), context, out=out, resume=resume)
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
@@ -270,13 +242,16 @@ def distill(
         "student.epochs": epochs,
         "seed": seed,
     }
-    context = _context(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet)
     chosen = load_recipe(recipe) if recipe else None
     trained = work(chosen, context, teacher=teacher, out=out, resume=resume, overrides=overrides)
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
     else:
         student_table(trained)
+
+
+app.command()(ablate)
 
 
 @app.command()
@@ -317,7 +292,7 @@ def evaluate(
     from epdistill.workflows.request import Asked
 
     asked = Asked((), suite, limit, subset, seed, diagnose or None, corruptions)
-    context = _context(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet)
     done = work(models or [], context, asked=asked, out=out, resume=resume)
     if json:
         rows = [
@@ -329,49 +304,7 @@ def evaluate(
         evaluation_table(done)
 
 
-@app.command()
-def export(
-    run: Annotated[
-        Path | None, typer.Argument(help="A student's run; the newest without it.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The .onnx file; model.onnx in the run without it.")
-    ] = None,
-    data_root: RootFlag = None,
-    download: DownloadFlag = False,
-    runs: RunsFlag = RUNS,
-    quiet: QuietFlag = False,
-    json: JsonFlag = False,
-) -> None:
-    """Export a student to ONNX; a file that fails the parity gate is not written."""
-    from epdistill.workflows.deployment import export as work
-
-    source, result = work(_context(runs, data_root, download, "cpu", quiet), run=run, out=out)
-    if json:
-        emit_json(
-            {
-                "run": str(source.path),
-                "onnx": str(result.path),
-                "manifest": str(result.manifest),
-                "sha256": result.sha256,
-                "size_bytes": result.size_bytes,
-                "parity": result.parity.to_json(),
-            }
-        )
-        return
-    show_table(
-        str(result.path),
-        ["export", "value"],
-        [
-            ["size", f"{result.size_bytes / 2**20:.2f} MiB"],
-            ["largest difference of a logit", f"{result.parity.max_abs_error:.1e}"],
-            ["allowed", f"{result.parity.tolerance:.1e}"],
-            ["same label", _percent(result.parity.agreement)],
-            ["images compared", str(result.parity.n)],
-            ["sha256", f"{result.sha256[:16]}…"],
-        ],
-        f"epdistill predict {result.path} IMAGE",
-    )
+app.command()(export)
 
 
 @app.command()
@@ -392,7 +325,7 @@ def predict(
     images = files[1:] if model else files
     if not images:
         raise DataError(f"received {model} and no image; expected image files after the model")
-    used, found = work(_context(runs, None, False, "cpu", quiet), images, model=model, top=top)
+    used, found = work(context_of(runs, None, False, "cpu", quiet), images, model=model, top=top)
     if json:
         rows = [
             {
@@ -421,60 +354,10 @@ def predict(
     )
 
 
-@app.command()
-def bench(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[dynamics] [RUN]",
-            help="A student's run, the newest without it; after the word dynamics a teacher's, the "
-            "small one that comes with the package without it.",
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", help="Time untrained networks of this recipe instead of a run."),
-    ] = None,
-    student: Annotated[str | None, typer.Option("--student", help="With --recipe.")] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="dynamics: draw it as well.")] = False,
-    data_root: RootFlag = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", min=3, help="Most rounds.")] = None,
-    out: OutFlag = None,
-    runs: RunsFlag = RUNS,
-    quiet: QuietFlag = False,
-    json: JsonFlag = False,
-) -> None:
-    """Time teacher and student, or with `dynamics` the variants of the relaxation, in one run."""
-    from epdistill.cli.tables import bench_table, dynamics_table
-    from epdistill.errors import RecipeError
-    from epdistill.recipes import load_recipe
+app.command()(bench)
 
-    rest = list(words or [])
-    about_dynamics = bool(rest) and rest[0] == "dynamics"
-    if about_dynamics:
-        rest.pop(0)
-    if len(rest) > 1:
-        raise RecipeError(f"received {len(rest)} runs ({' '.join(rest)}); expected one at most")
-    run = Path(rest[0]) if rest else None
-    chosen = load_recipe(recipe, {"student.name": student}) if recipe else None
-    context = _context(runs, data_root, False, "cpu", quiet)
-    if about_dynamics:
-        from epdistill.workflows.dynamics import dynamics
 
-        measured = dynamics(context, run=run, recipe=chosen, out=out, rounds=rounds or 7, plot=plot)
-        if json:
-            path = str(measured.folder / "dynamics.json")
-            emit_json({"dynamics": path, **measured.content})
-        else:
-            dynamics_table(measured)
-        return
-    from epdistill.workflows.deployment import bench as work
-
-    done = work(context, run=run, recipe=chosen, out=out, rounds=rounds or 20)
-    if json:
-        emit_json({"bench": str(done.folder / "bench.json"), **done.content})
-    else:
-        bench_table(done)
+app.command()(serve)
 
 
 @app.command("check-theorem")
@@ -493,7 +376,7 @@ def check_theorem(
     from epdistill.cli.tables import theorem_table
     from epdistill.workflows.theorem import check
 
-    context = _context(runs, data_root, False, "cpu", quiet)
+    context = context_of(runs, data_root, False, "cpu", quiet)
     done = check(context, run=run, images=images, out=out)
     if json:
         emit_json({"theorem": str(done.folder / "theorem.json"), **done.content})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from epdistill.cli.output import show_table
 
 if TYPE_CHECKING:
-    from epdistill.workflows.deployment import Benched
+    from epdistill.workflows.benchmark import Benched
     from epdistill.workflows.dynamics import Dynamics
     from epdistill.workflows.evaluation import Evaluated
     from epdistill.workflows.path import Finished
@@ -133,17 +133,21 @@ def evaluation_table(done: Evaluated) -> None:
 
 
 def bench_table(done: Benched) -> None:
-    """Milliseconds per image and ratios to the published teacher."""
-    from epdistill.workflows.deployment import speed_rows
+    """Latency, throughput and cost of every contender, and what each of them is."""
+    from epdistill.workflows.benchmark import bench_rows, contender_rows
 
-    hardware = done.content["hardware"]
-    show_table(
-        f"{done.folder}: {done.content['models']}; {hardware['cpu']}, "
-        f"{hardware['torch_threads']} threads",
-        ["what", "batch", "ms per image", "times the published teacher"],
-        speed_rows(done.content),
-        None,
-    )
+    content = done.content
+    hardware = content["hardware"]
+    head = ["", "ms: p50 (quartiles)", "p99", "images/s", "matrix", "times published"]
+    rate = max(product["flops_per_second"] for product in content["matrix"]) / 1e9
+    for size in sorted({row["batch_size"] for row in content["rows"]}):
+        title = (
+            f"{done.folder}, batch {size}: {content['models']}; {hardware['cpu']}, "
+            f"{hardware['torch_threads']} thread(s) pinned; 100 % matrix: {rate:.0f} GFLOP/s"
+        )
+        show_table(title, head, bench_rows(content, size), None)
+    head = ["per image", "MFLOP", "parameters", "MiB", ""]
+    show_table("contenders", head, contender_rows(content), None)
 
 
 def dynamics_table(done: Dynamics) -> None:
@@ -218,7 +222,7 @@ def path_table(finished: Finished) -> None:
         return f"{1e3 * times[(name, 1)]['seconds_per_image']:.2f}"
 
     from epdistill.robustness.tables import threat_rows
-    from epdistill.workflows.deployment import ONNX, PUBLISHED, SETTLED
+    from epdistill.workflows.bench_models import ONNX, PUBLISHED, SETTLED
 
     n = finished.evaluated.results["n"]
     rows = [

@@ -4,6 +4,7 @@ Precedence: recipe file, then environment (`EPDISTILL__TEACHER__EPOCHS=3`), then
 flags. The resolved recipe is saved with every run.
 """
 
+from epdistill.recipes.ablation import AblateRecipe
 from epdistill.recipes.baselines import (
     EP_CNN,
     MODELS,
@@ -27,6 +28,7 @@ __all__ = [
     "BUNDLED",
     "EP_CNN",
     "MODELS",
+    "AblateRecipe",
     "AdversarialRecipe",
     "BaselinesRecipe",
     "ConvRecipe",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
+from epdistill.recipes.ablation import AblateRecipe
 from epdistill.recipes.baselines import BaselinesRecipe, check_model
 from epdistill.recipes.section import Section as _Section
 
@@ -285,7 +286,7 @@ class EvaluateRecipe(_Section):
 
 
 class Recipe(_Section):
-    """A whole path: data, teacher, student, evaluation.
+    """A whole path: data, teacher, student, evaluation; and the ablation of it.
 
     Attributes:
         name: The recipe's name, a run's name starts with it.
@@ -306,6 +307,7 @@ class Recipe(_Section):
     baselines: BaselinesRecipe = BaselinesRecipe()
     student: StudentRecipe = StudentRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    ablate: AblateRecipe = AblateRecipe()
 
     @field_validator("model")
     @classmethod

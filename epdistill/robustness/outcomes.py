@@ -174,6 +174,7 @@ class Evaluation:
         subset: `"first"` or `"random"`: how `limit` images were chosen.
         skipped: What the suite holds but was not run, with the reason.
         sources: Where what was not generated here came from (official arrays), with hashes.
+        split: `"test"` or `"validation"`: which part of the data set the images are.
     """
 
     suite: QuickSuite
@@ -186,6 +187,7 @@ class Evaluation:
     subset: str = "random"
     skipped: tuple[Mapping[str, str], ...] = ()
     sources: Mapping[str, Any] = field(default_factory=dict)
+    split: str = "test"
 
 
 def broken_by(rows: Iterable[AttackOutcome], norm: str, eps: float, n: int) -> Tensor:

@@ -110,6 +110,7 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
         "batch_size": evaluation.batch_size,
         "limit": evaluation.limit,
         "subset": evaluation.subset,
+        "split": evaluation.split,
     }
 
 

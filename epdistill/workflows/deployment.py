@@ -1,97 +1,273 @@
-"""Exporting students, predicting with files, and timing everything in one run."""
+"""Exporting runs, also to int8 and float16, and predicting with the files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from epdistill import __version__
-from epdistill.data import describe, to_float
+from epdistill.data import DataSet, Split, describe, to_float
 from epdistill.errors import RecipeError, RunError
 from epdistill.loading import load_epcnn, load_student, load_teacher, model_name
-from epdistill.recipes import EP_CNN, Recipe
-from epdistill.runs import Run, finished_runs, new_run_folder, newest_run, open_run, write_json
+from epdistill.recipes import EP_CNN
+from epdistill.runs import Run, finished_runs, newest_run, open_run
 from epdistill.workflows.context import Context, require_finished
-from epdistill.workflows.evaluation import EXPORTED, exported_file
+from epdistill.workflows.evaluation import (
+    BATCH_SIZE,
+    EXPORTED,
+    Evaluated,
+    evaluate,
+    exported_file,
+)
+from epdistill.workflows.measured import newest_robustness, robustness_of
+from epdistill.workflows.request import Asked
+from epdistill.workflows.subjects import file_name
 
 if TYPE_CHECKING:
-    from epdistill.export.bench import Contender
     from epdistill.export.onnx_export import ExportResult
     from epdistill.export.predict import Prediction
-    from epdistill.teachers.model import EPCNN
+    from epdistill.export.reduced import ReducedResult
 
 PARITY_IMAGES = 64
-PUBLISHED = "teacher, published 250 sweeps"
-SETTLED = "teacher, relaxed to tolerance"
-STUDENT = "student, torch"
-ONNX = "student, onnxruntime"
+# Validation images on which int8 and float16 are judged: half a point is ten of them.
+JUDGED_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be exported beside the float32 file.
+
+    Attributes:
+        int8: A quantised file.
+        fp16: A float16 file.
+        pixels: All of them take uint8 (batch, H, W, C) instead of floats.
+        max_drop: Points of top-1 accuracy that those two may lose.
+        sweeps: Of a teacher's relaxation; the most of its own schedule when None.
+        robustness: Attack all files on so many test images; not at all when None.
+    """
+
+    int8: bool = False
+    fp16: bool = False
+    pixels: bool = False
+    max_drop: float = 0.5
+    sweeps: int | None = None
+    robustness: int | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export left behind.
+
+    Attributes:
+        run: Where the model comes from.
+        result: The float32 file.
+        reduced: The int8 and the float16 file, as far as wanted.
+        evaluated: The attacks on all files, if wanted.
+    """
+
+    run: Run
+    result: ExportResult
+    reduced: tuple[ReducedResult, ...]
+    evaluated: Evaluated | None
+
+
+def reduced_file(path: Path, precision: str) -> Path:
+    """Where the version of another precision of an exported file stands."""
+    return path.with_name(f"{path.stem}-{precision}.onnx")
 
 
 def export(
-    context: Context, *, run: Path | None = None, out: Path | None = None
-) -> tuple[Run, ExportResult]:
-    """Export a student, or a baseline that answers without chance, behind the parity gate.
+    context: Context,
+    *,
+    run: Path | None = None,
+    out: Path | None = None,
+    wanted: Wanted = Wanted(),
+) -> Exported:
+    """Export a run behind the parity gate: a student, a baseline, or a teacher's relaxation.
 
     Args:
         context: Folders, device, reporter.
-        run: Its run; the newest student without it.
-        out: The file to write; `model.onnx` in the run's folder without it.
+        run: The run; the newest student without it.
+        out: The float32 file to write; `model.onnx` in the run's folder without it. Files
+            of other precisions stand beside it.
+        wanted: What else is made.
 
     Raises:
-        RunError: The run holds something that relaxes or answers at random.
+        RunError: The run holds something that answers at random.
+        RecipeError: What is wanted does not fit the run.
+        ExportError, ParityError: A file cannot be made, or did not pass; it is not written.
     """
-    from epdistill.export.onnx_export import export_onnx
-
     source = require_finished(open_run(run) if run else newest_run(context.runs, "student"))
-    model, origin = _deployable(source)
-    data = context.data_of(source)
     path = out or exported_file(source)
     if path.suffix != ".onnx":
         raise RecipeError(f"--out {path}; expected a file name that ends in .onnx")
-    results = source.config["results"]
+    relaxes = source.kind == "teacher" and model_name(source) == EP_CNN
+    if relaxes and (wanted.int8 or wanted.fp16):
+        raise RecipeError(
+            f"{source.path} relaxes, and rounding takes it to other states; expected a student "
+            "for --int8 and --fp16: type `epdistill distill` first"
+        )
+    if wanted.sweeps is not None and not relaxes:
+        raise RecipeError(f"--sweeps for {source.path}, which does not relax; leave it out")
+    data = context.data_of(source)
+    with context.reporter.bar("export", 1):
+        result = _float_file(source, path, data, context, wanted)
+        reduced = _reduced_files(path, data, wanted, source.config["recipe"]["seed"])
+    evaluated = None
+    if wanted.robustness is not None:
+        files = [path, *(found.path for found in reduced)]
+        asked = Asked(suite="quick", limit=wanted.robustness)
+        evaluated = evaluate([source.path, *files], context, asked=asked)
+        for file in files:
+            _add_robustness(file, evaluated)
+    return Exported(source, result, reduced, evaluated)
+
+
+def _float_file(
+    source: Run, path: Path, data: DataSet, context: Context, wanted: Wanted
+) -> ExportResult:
+    """The float32 file of a run."""
+    from epdistill.export.labelling import ROBUSTNESS_KEY, TEST_ACCURACY_KEY, text
+    from epdistill.export.onnx_export import export_onnx, export_teacher
+
+    results, weights = source.config["results"], source.config["weights_sha256"]
+    figures: dict[str, Any] = {
+        "test_accuracy": results["accuracy"],
+        "test_images": results["test_images"],
+    }
     metadata = {
         "data_set": str(data.name).partition(":")[0],
         "data_test_sha256": describe(data)["test_sha256"],
-        **origin,
-        "test_accuracy": f"{results['accuracy']:.6f}",
-        "epdistill": __version__,
+        TEST_ACCURACY_KEY: f"{results['accuracy']:.6f}",
     }
-    with context.reporter.bar("export", 1):
-        result = export_onnx(
-            model,
-            path,
-            image_shape=(data.channels, data.image_size, data.image_size),
-            classes=data.classes,
-            images=to_float(data.validation.images[:PARITY_IMAGES]),
-            metadata=metadata,
-        )
-    return source, result
+    robustness = newest_robustness(context.runs, source)
+    if robustness is not None:
+        figures["robustness"] = robustness
+        metadata[ROBUSTNESS_KEY] = text(robustness)
+    classes, images = data.classes, to_float(data.validation.images[:PARITY_IMAGES])
+    if source.kind == "teacher" and model_name(source) == EP_CNN:
+        teacher = load_epcnn(source)
+        sweeps = wanted.sweeps or teacher.schedule.sweeps
+        how = teacher.schedule
+        metadata |= {
+            "teacher_run": source.name,
+            "teacher_weights_sha256": weights,
+            "relaxation": f"{how.kind}, omega {how.omega:g}, {sweeps} sweeps, float32",
+        }
+        return export_teacher(
+            teacher, path, sweeps=sweeps, classes=classes, images=images, metadata=metadata,
+            pixels=wanted.pixels, figures={**figures, "sweeps": sweeps},
+        )  # fmt: skip
+    kind, model, origin = _feedforward(source)
+    return export_onnx(
+        model,
+        path,
+        image_shape=(data.channels, data.image_size, data.image_size),
+        classes=classes,
+        images=images,
+        metadata={**metadata, **origin},
+        kind=kind,
+        pixels=wanted.pixels,
+        figures=figures,
+    )
 
 
-def _deployable(source: Run) -> tuple[torch.nn.Module, dict[str, str]]:
-    """What is exported of a run, and what the file says about where it comes from."""
+def _feedforward(source: Run) -> tuple[str, torch.nn.Module, dict[str, str]]:
+    """What kind of run, what is exported of it, and what the file says about its origin."""
     weights = source.config["weights_sha256"]
-    if source.kind == "teacher" and model_name(source) != EP_CNN:
+    if source.kind == "teacher":
         baseline = load_teacher(source)
         if baseline.stochastic:
             raise RunError(
                 f"{source.path} is a {model_name(source)}, which answers at random; expected a "
                 "network that answers alike every time: distill a student from it and export that"
             )
-        return baseline, {"baseline_run": source.name, "baseline_weights_sha256": weights}
-    student = load_student(source)
+        about = {"baseline_run": source.name, "baseline": model_name(source)}
+        return "baseline", baseline, {**about, "baseline_weights_sha256": weights}
     teacher = source.config["teacher"]
-    return student.folded(), {
-        "student_run": source.name,
-        "student_weights_sha256": weights,
-        "teacher_run": teacher["name"],
-        "teacher_weights_sha256": teacher["weights_sha256"],
+    return (
+        "student",
+        load_student(source).folded(),
+        {
+            "student_run": source.name,
+            "student_weights_sha256": weights,
+            "teacher_run": teacher["name"],
+            "teacher_weights_sha256": teacher["weights_sha256"],
+        },
+    )
+
+
+def _reduced_files(
+    path: Path, data: DataSet, wanted: Wanted, seed: int
+) -> tuple[ReducedResult, ...]:
+    """The int8 and the float16 version of a float32 file."""
+    if not (wanted.int8 or wanted.fp16):
+        return ()
+    from epdistill.export.half import halve
+    from epdistill.export.quantise import calibration_choice, quantise
+    from epdistill.export.reduced import read_source, ship
+
+    content, manifest = read_source(path)
+    judged = Split(data.validation.images[:JUDGED_IMAGES], data.validation.labels[:JUDGED_IMAGES])
+    images, labels = to_float(judged.images).numpy(), judged.labels.numpy()
+    made = []
+    if wanted.int8:
+        chosen = calibration_choice(len(data.train.images), seed)
+        made.append(
+            quantise(
+                content,
+                manifest,
+                calibration=to_float(data.train.images[torch.from_numpy(chosen)]).numpy(),
+                images=images,
+                labels=labels,
+                max_drop=wanted.max_drop,
+            )
+        )
+    if wanted.fp16:
+        made.append(halve(content, manifest, images=images, labels=labels))
+    # All are judged before any is written.
+    written = []
+    for reduced in made:
+        file = reduced_file(path, reduced.precision)
+        found = ship(reduced, file, manifest, images, max_drop=wanted.max_drop)
+        written.append(_with_test_accuracy(found, data.test))
+    return tuple(written)
+
+
+def _with_test_accuracy(found: ReducedResult, test: Split) -> ReducedResult:
+    """The file's own accuracy on the test images, measured once and put into its manifest."""
+    from epdistill.export.manifest import write_manifest
+    from epdistill.export.runtime import OnnxClassifier
+
+    classifier = OnnxClassifier.open_checked(found.path, threads=torch.get_num_threads())
+    parts = (torch.split(tensor, BATCH_SIZE) for tensor in (test.images, test.labels))
+    batches = zip(*parts, strict=True)
+    right = sum(
+        int((classifier(to_float(images)).argmax(1) == labels).sum()) for images, labels in batches
+    )
+    figures = {
+        "test_accuracy": right / len(test.labels),
+        "test_images": len(test.labels),
+        **found.manifest.figures,
     }
+    manifest = replace(found.manifest, figures=figures)
+    write_manifest(found.path, manifest)
+    return replace(found, manifest=manifest)
+
+
+def _add_robustness(path: Path, evaluated: Evaluated) -> None:
+    """Put what attacks on the very file found into its manifest and card."""
+    from epdistill.export.manifest import manifest_path, read_manifest, write_manifest
+
+    name = file_name(path)
+    found = robustness_of(evaluated.results, name, "onnx", evaluated.folder.name)
+    if found is None:
+        raise RunError(f"{evaluated.folder} says nothing of {name}; expected it there")
+    manifest = read_manifest(manifest_path(path))
+    write_manifest(path, replace(manifest, figures={**manifest.figures, "robustness": found}))
 
 
 def predict(
@@ -126,150 +302,3 @@ def newest_export(context: Context) -> Path:
         f"no {EXPORTED} under {context.runs}; expected one: type `epdistill export` first, "
         "or name an .onnx file"
     )
-
-
-@dataclass(frozen=True)
-class Benched:
-    """Where the timings were written, and what they say.
-
-    Attributes:
-        folder: Holds bench.json.
-        content: The content of bench.json.
-    """
-
-    folder: Path
-    content: dict[str, Any]
-
-
-def teacher_contenders(teacher: EPCNN) -> list[Contender]:
-    """The teacher as published (autograd of Phi, 250 synchronous sweeps), and as relaxed here."""
-    from epdistill.export.bench import Contender, torch_contender
-    from epdistill.teachers.reference import reference_logits
-
-    def published(images: Tensor) -> Tensor:
-        return reference_logits(teacher.network(), teacher.normalise(images))
-
-    return [Contender(PUBLISHED, published), torch_contender(settling(teacher), SETTLED)]
-
-
-def settling(teacher: EPCNN) -> EPCNN:
-    """The teacher as it relaxes to a tolerance: by its own schedule if that has one.
-
-    The published schedule has none (a fixed number of synchronous sweeps); then red-black to 1e-4.
-    """
-    from epdistill.teachers.schedule import Schedule
-
-    if teacher.schedule.tolerance > 0:
-        return teacher
-    return teacher.with_schedule(Schedule(omega=1.3, tolerance=1e-4))
-
-
-def bench(
-    context: Context,
-    *,
-    run: Path | None = None,
-    recipe: Recipe | None = None,
-    out: Path | None = None,
-    rounds: int = 20,
-    max_seconds: float = 20.0,
-) -> Benched:
-    """Time teacher, student and exported student per image, interleaved, in one run.
-
-    Args:
-        context: Folders, device, reporter.
-        run: A student's run; the newest one without it.
-        recipe: Time freshly initialised networks of this recipe instead of a run.
-        out: Folder for bench.json; numbered automatically without it.
-        rounds: Most rounds of measurement.
-        max_seconds: Time spent per contender and batch size, roughly.
-    """
-    from epdistill.export.bench import Contender, to_json, torch_contender
-    from epdistill.export.bench import bench as run_bench
-    from epdistill.export.runtime import OnnxClassifier
-
-    if recipe is not None:
-        teacher, folded, classifier, label = _fresh(recipe, context)
-        images = torch.rand(
-            64, teacher.architecture.in_channels, *(teacher.architecture.image_size,) * 2,
-            generator=torch.Generator().manual_seed(recipe.seed),
-        )  # fmt: skip
-    else:
-        source = open_run(run, "student") if run else newest_run(context.runs, "student")
-        require_finished(source)
-        path = exported_file(source)
-        if not path.is_file():
-            raise RunError(
-                f"{source.path} has no {EXPORTED}; expected an exported student: "
-                f"type `epdistill export {source.path}` first"
-            )
-        teacher = load_epcnn(open_run(Path(source.config["teacher"]["path"]), "teacher"))
-        folded = load_student(source).folded().eval()
-        classifier = OnnxClassifier.open_checked(path, threads=torch.get_num_threads())
-        images = to_float(context.data_of(source).test.images[:64])
-        label = source.name
-    contenders = [
-        *teacher_contenders(teacher),
-        torch_contender(folded, STUDENT),
-        Contender(ONNX, lambda batch: classifier.run(batch.numpy())),
-    ]
-    with context.reporter.bar("bench", 1):
-        rows = run_bench(contenders, images, rounds=rounds, max_seconds=max_seconds)
-    with torch.no_grad():
-        relaxing = settling(teacher)
-        settled = relaxing.relax(images).certificate
-    content = {
-        "models": label,
-        "settling": {
-            "sweeps_mean": float(settled.sweeps.double().mean()),
-            "converged": float(settled.converged.double().mean()),
-            "tolerance": relaxing.schedule.tolerance,
-            "schedule": relaxing.schedule.to_dict(),
-        },
-        "parameters": {
-            "teacher": sum(p.numel() for p in teacher.parameters()),
-            "student": sum(p.numel() for p in folded.parameters()),
-        },
-        **to_json(rows, PUBLISHED),
-    }
-    folder = new_run_folder(out, context.runs, "bench")
-    write_json(folder / "bench.json", content)
-    return Benched(folder, content)
-
-
-def speed_rows(content: dict[str, Any]) -> list[list[str]]:
-    """bench.json as text: what, batch, ms per image, times the published teacher (quartiles)."""
-    ratios = {(ratio["name"], ratio["batch_size"]): ratio for ratio in content["ratios"]}
-    rows = []
-    for row in content["rows"]:
-        ratio = ratios.get((row["name"], row["batch_size"]))
-        shown = f"{ratio['speedup']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f})" if ratio else "1"
-        rows.append(
-            [row["name"], str(row["batch_size"]), f"{1e3 * row['seconds_per_image']:.3f}", shown]
-        )
-    return rows
-
-
-def _fresh(recipe: Recipe, context: Context) -> tuple[EPCNN, torch.nn.Module, Any, str]:
-    """Untrained networks of a recipe, for timing alone; no data set is needed."""
-    import tempfile
-
-    from epdistill.export.onnx_export import export_onnx
-    from epdistill.export.runtime import OnnxClassifier
-    from epdistill.students.distill import build_student
-    from epdistill.teachers.teach import build_teacher
-    from epdistill.workflows.shapes import stand_in
-
-    data = stand_in(recipe)
-    teacher = build_teacher(recipe, data).eval()
-    folded = build_student(recipe, teacher).folded().eval()
-    with tempfile.TemporaryDirectory() as folder:
-        result = export_onnx(
-            folded,
-            Path(folder) / EXPORTED,
-            image_shape=(data.channels, data.image_size, data.image_size),
-            classes=data.classes,
-            images=to_float(data.test.images),
-            metadata={},
-        )
-        classifier = OnnxClassifier.open_checked(result.path, threads=torch.get_num_threads())
-    return teacher, folded, classifier, f"untrained networks of recipe {recipe.name}"

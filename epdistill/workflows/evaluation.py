@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epdistill.data import DataSet, fingerprint
+from epdistill.data import DataSet, Split, fingerprint
 from epdistill.errors import EpdistillError, RunError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.recipes.loading import validate
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 EXPORTED = "model.onnx"
 BATCH_SIZE = 128
+TEST, VALIDATION = "test", "validation"
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,15 @@ def evaluate(
     paths = list(asked.models) or default_models(context)
     device = context.torch_device()
     subjects, runs = _open(paths, device, thorough=name != QUICK)
-    data = _common_data(runs, context, paths)
+    chosen = asked.split or TEST
+    data = _common_data(runs, context, paths, chosen)
+    split = data.test if chosen == TEST else data.validation
     _check_fit(subjects, data)
     content = validate(runs[0].config["recipe"], str(runs[0].path))
     how = recipe or content.evaluate
     suite = chosen_suite(name, how)
     seed = content.seed if asked.seed is None else asked.seed
-    limit = min(asked.limit or how.limit, len(data.test))
+    limit = min(asked.limit or how.limit, len(split))
     official = _official(asked.corruptions)
     asked = replace(
         asked,
@@ -122,8 +125,9 @@ def evaluate(
         subset=asked.subset or suite.subset(),
         seed=seed,
         diagnose=bool(asked.diagnose),
+        split=chosen,
     )
-    header = _header(asked, suite, subjects, data, device, official)
+    header = _header(asked, suite, subjects, split, device, official)
     folder, journal = open_journal(header, context, out, resumed)
     with journal, context.reporter.bar("evaluate", 1) as bar:
         for note in journal.notes:
@@ -132,8 +136,8 @@ def evaluate(
         try:
             evaluation = run_harness(
                 subjects,
-                data.test.images,
-                data.test.labels,
+                split.images,
+                split.labels,
                 suite=suite,
                 limit=limit,
                 subset=asked.subset,
@@ -148,6 +152,7 @@ def evaluate(
             if journal.empty:
                 forget(folder)
             raise
+        evaluation = replace(evaluation, split=chosen)
         results = summary(evaluation)
         draw(results, folder)
         # results.json comes last: with it the evaluation is complete.
@@ -160,7 +165,7 @@ def _header(
     asked: Asked,
     suite: QuickSuite,
     subjects: Sequence[Subject],
-    data: DataSet,
+    split: Split,
     device: torch.device,
     official: Cifar10C | None,
 ) -> dict[str, Any]:
@@ -173,7 +178,7 @@ def _header(
         **asked.to_json(),
         "settings": asdict(suite),
         "weights": {subject.name: subject.identity for subject in subjects},
-        "data": fingerprint(data.test),
+        "data": fingerprint(split),
         "official": None if official is None else official.describe(),
         "batch_size": BATCH_SIZE,
         "device": f"{device.type}: {place}",
@@ -211,8 +216,10 @@ def _open(
     return subjects, runs
 
 
-def _common_data(runs: Sequence[Run], context: Context, paths: Sequence[Path]) -> DataSet:
-    """The data set that all runs share."""
+def _common_data(
+    runs: Sequence[Run], context: Context, paths: Sequence[Path], split: str
+) -> DataSet:
+    """The data set that all runs share, and for the validation split also the way it was cut."""
     if not runs:
         raise RunError(
             f"none of {', '.join(map(str, paths))} lies in a run's folder, so the data set is "
@@ -224,6 +231,14 @@ def _common_data(runs: Sequence[Run], context: Context, paths: Sequence[Path]) -
         raise RunError(
             f"the models were trained beside different test images ({names}); "
             "expected one data set: evaluate them apart"
+        )
+    keys = ("seed", "validation_fraction", "limit")
+    cuts = {tuple(run.config["data"][key] for key in keys) for run in runs}
+    if split == VALIDATION and len(cuts) > 1:
+        raise RunError(
+            f"the models were trained beside different validation images ({', '.join(keys)}: "
+            f"{'; '.join(map(str, sorted(cuts, key=str)))}); expected one cut: what one of them "
+            "has learnt from is no validation image"
         )
     return context.data_of(runs[0])
 

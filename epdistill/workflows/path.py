@@ -9,8 +9,10 @@ from typing import Any
 from epdistill.errors import RecipeError
 from epdistill.recipes import EP_CNN, Recipe
 from epdistill.runs import new_run_folder, write_json
+from epdistill.workflows.bench_models import ONNX, PUBLISHED, SETTLED
+from epdistill.workflows.benchmark import Benched, bench
 from epdistill.workflows.context import Context
-from epdistill.workflows.deployment import ONNX, PUBLISHED, SETTLED, Benched, bench, export
+from epdistill.workflows.deployment import export
 from epdistill.workflows.evaluation import Evaluated, evaluate
 from epdistill.workflows.report import report
 from epdistill.workflows.training import Trained, distill, teach
@@ -66,7 +68,7 @@ def run_path(recipe: Recipe, context: Context, *, out: Path | None = None) -> Fi
     line(f"[bold]recipe {recipe.name}[/bold]: teach → distill → export → evaluate → bench")
     teacher = teach(recipe, context)
     student = distill(recipe, context, teacher=teacher.run.path)
-    _, exported = export(context, run=student.run.path)
+    exported = export(context, run=student.run.path).result
     evaluated = evaluate([teacher.run.path, student.run.path, exported.path], context)
     benched = bench(context, run=student.run.path)
     folder = new_run_folder(out, context.runs, "report")

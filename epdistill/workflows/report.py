@@ -9,7 +9,7 @@ from pathlib import Path
 
 from epdistill.robustness.tables import threat_rows
 from epdistill.runs import Run, atomic_write, read_metrics
-from epdistill.workflows.deployment import Benched, speed_rows
+from epdistill.workflows.benchmark import Benched, speed_rows
 from epdistill.workflows.evaluation import Evaluated
 
 _STYLE = """

@@ -32,6 +32,7 @@ class Asked:
         seed: Of the choice of images and of every attack; the first run's own when None.
         diagnose: Look for masked gradients also where the suite does not.
         corruptions: A folder with the official CIFAR-10-C arrays.
+        split: `test`, or `validation` for what choices are made on; `test` when None.
     """
 
     models: tuple[Path, ...] = ()
@@ -41,6 +42,7 @@ class Asked:
     seed: int | None = None
     diagnose: bool | None = None
     corruptions: Path | None = None
+    split: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every field, JSON-ready."""
@@ -52,7 +54,8 @@ class Asked:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Asked:
         """What `to_json` was called on; further keys are left alone."""
-        given = {field.name: content[field.name] for field in fields(cls)}
+        names = [field.name for field in fields(cls)]
+        given = {name: content[name] for name in names if name in content}
         given["models"] = tuple(Path(path) for path in given["models"])
         given["corruptions"] = Path(given["corruptions"]) if given["corruptions"] else None
         return cls(**given)

@@ -121,7 +121,11 @@ def onnx_subject(path: Path) -> Subject:
     from epdistill.robustness.subjects import Subject
 
     classifier = OnnxClassifier.open_checked(path, threads=torch.get_num_threads())
-    parent = path.parent.name
-    name = f"{parent}/{path.name}" if parent else path.name
     identity = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Subject(name, "onnx", classifier, identity=identity)
+    return Subject(file_name(path), "onnx", classifier, identity=identity)
+
+
+def file_name(path: Path) -> str:
+    """What an exported file is called in an evaluation: its folder and its name."""
+    parent = path.parent.name
+    return f"{parent}/{path.name}" if parent else path.name

@@ -79,7 +79,7 @@ def teach(
         data = context.load_data(recipe.data, recipe.seed)
         folder, config = None, {}
     device = context.torch_device()
-    lesson = lesson_for(recipe, data, device, _dtype(recipe), context.reporter.line)
+    lesson = lesson_for(recipe, data, device, dtype_of(recipe), context.reporter.line)
     if folder is None:
         folder, config = _open_folder(
             context, out, "teacher", recipe, data, {"name": recipe.model, **lesson.described}, {}
@@ -203,7 +203,7 @@ def _on_data_of(recipe: Recipe, source: Run) -> Recipe:
     return recipe.model_copy(update={"data": data})
 
 
-def _dtype(recipe: Recipe) -> torch.dtype:
+def dtype_of(recipe: Recipe) -> torch.dtype:
     """The dtype of the weights; bfloat16 is for relaxing, never for keeping."""
     return torch.float64 if recipe.precision == "float64" else torch.float32
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+# Smaller images keep their resolution in the stem.
 LARGE_IMAGE = 64
 
 
@@ -34,8 +35,9 @@ def resnet_stages(
         width: Channels of the first stage; doubled by every further one.
         depths: Blocks per stage.
     """
-    stem: nn.Module = conv_bn_relu(in_channels, width, 3, 1)
-    if image_size >= LARGE_IMAGE:
+    if image_size < LARGE_IMAGE:
+        stem = conv_bn_relu(in_channels, width, 3, 1)
+    else:
         pool = nn.MaxPool2d(3, stride=2, padding=1)
         stem = nn.Sequential(*conv_bn_relu(in_channels, width, 7, 2), pool)
     stages: list[nn.Module] = []

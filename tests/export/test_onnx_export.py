@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from epdistill.errors import DataError, ExportError, ParityError
-from epdistill.export.onnx_export import BATCH, OPSET, ExportResult, export_onnx
+from epdistill.export.onnx_export import ExportResult, export_onnx
 from epdistill.export.runtime import OnnxClassifier
+from epdistill.export.tracing import BATCH, OPSET
 
 SHAPE = (3, 12, 12)
 CLASSES = ("cat", "dog", "Ärger", "/m/01x", "five")
@@ -80,6 +81,7 @@ def test_the_result_describes_the_file(result: ExportResult) -> None:
     assert manifest["parity"] == result.parity.to_json()
     assert sorted(entry.name for entry in result.path.parent.iterdir()) == [
         "model.json",
+        "model.md",
         "model.onnx",
     ]
 
@@ -208,10 +210,10 @@ def test_metadata_that_must_not_leave_is_refused(
     metadata: dict[str, str],
     message: str,
 ) -> None:
-    def exported(module: nn.Module, batch: Tensor) -> onnx.ModelProto:
+    def exported(module: nn.Module, batch: Tensor, *, pixels: bool) -> onnx.ModelProto:
         return onnx.load_from_string(result.path.read_bytes())
 
-    monkeypatch.setattr("epdistill.export.onnx_export._to_proto", exported)
+    monkeypatch.setattr("epdistill.export.onnx_export.trace", exported)
     with pytest.raises(ExportError, match=message):
         export(tmp_path / "model.onnx", metadata=metadata)
     assert not list(tmp_path.iterdir())
@@ -220,10 +222,10 @@ def test_metadata_that_must_not_leave_is_refused(
 def test_a_place_that_cannot_be_written_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: ExportResult
 ) -> None:
-    def exported(module: nn.Module, batch: Tensor) -> onnx.ModelProto:
+    def exported(module: nn.Module, batch: Tensor, *, pixels: bool) -> onnx.ModelProto:
         return onnx.load_from_string(result.path.read_bytes())
 
-    monkeypatch.setattr("epdistill.export.onnx_export._to_proto", exported)
+    monkeypatch.setattr("epdistill.export.onnx_export.trace", exported)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ExportError, match="cannot write"):
         export(tmp_path / "file" / "model.onnx")

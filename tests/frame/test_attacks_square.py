@@ -96,7 +96,9 @@ def test_square_l2_takes_images_of_any_shape(shape):
 
 
 def test_torchattacks_square_l2_fails_on_14_pixels():
-    images, labels = torch.rand(2, 1, 14, 14), torch.zeros(2, dtype=torch.int64)
+    images = torch.rand(2, 1, 14, 14)
     net = nn.Sequential(nn.Flatten(), nn.Linear(196, 3)).eval()
+    # Right answers, or there is nothing to attack.
+    labels = net(images).argmax(1)
     with torch.random.fork_rng(devices=[]), pytest.raises(RuntimeError):
         torchattacks.Square(net, norm="L2", eps=1.0, n_queries=2)(images, labels)

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from epdistill.cli import main
+from epdistill.errors import RunError
 
 TINY = """
 [data]
@@ -279,7 +280,7 @@ def test_any_classifier_file_is_judged(work: Path, epd: Call) -> None:
 
 
 def test_bench_predict_report(work: Path, epd: Call) -> None:
-    bench = epd("bench", "--rounds", "3", "--json", "--quiet")
+    bench = epd("bench", "--rounds", "3", "--no-compile", "--json", "--quiet")
     assert bench.code == 0, bench.err
     names = {row["name"] for row in bench.json["rows"]}
     assert names == {
@@ -368,7 +369,8 @@ def test_json_is_one_object_and_progress_goes_elsewhere(work: Path, epd: Call) -
         (["distill", "--inputs", "dirty"], ["student.inputs = 'dirty'"]),
         (["distill", "--teacher", "runs/tiny-cnn-001"], ["student run; expected a teacher"]),
         (["distill", "--teacher", "empty"], ["config.json"]),
-        (["export", "runs/tiny-ep-cnn-001"], ["teacher run; expected a student"]),
+        (["export", "runs/tiny-ep-cnn-001", "--int8"], ["relaxes", "--int8", "distill"]),
+        (["export", "--sweeps", "9"], ["--sweeps", "does not relax"]),
         (["export", "--out", "model.txt"], ["model.txt", ".onnx"]),
         (["evaluate", "--suite", "quik"], ["quik", "quick"]),
         (["evaluate", "nothing"], ["nothing does not exist"]),
@@ -475,6 +477,30 @@ def test_changed_images_are_noticed(work: Path, epd: Call) -> None:
     refused(epd("export"), "other test images")
 
 
+@pytest.mark.parametrize(("student", "width"), [("cnn", None), ("resnet18", 8), (None, 8)])
+def test_bench_of_another_student_leaves_the_width_behind(
+    epd: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    student: str | None,
+    width: int | None,
+) -> None:
+    """A width belongs to the student it was written for, as in distilling."""
+    asked = {}
+
+    def bench(context: Any, **more: Any) -> None:
+        asked.update(more)
+        raise RunError("that is all")
+
+    monkeypatch.setattr("epdistill.workflows.benchmark.bench", bench)
+    (tmp_path / "wide.toml").write_text('[student]\nname = "resnet18"\nwidth = 8\n')
+    args = ("--student", student) if student else ()
+    refused(epd("bench", "--recipe", str(tmp_path / "wide.toml"), *args), "that is all")
+    own = asked["recipe"].student
+    assert (own.name, own.width) == (student or "resnet18", width)
+    assert asked["recipe"].name == "wide"
+
+
 @pytest.mark.slow
 def test_ctrl_c_is_clean_and_resume_gives_the_same_weights(work: Path) -> None:
     """SIGINT in the middle of teaching: exit code 130, one line, and nothing lost."""
@@ -526,6 +552,7 @@ def test_every_command_has_help(epd: Call) -> None:
         "predict",
         "bench",
         "check-theorem",
+        "ablate",
     ):
         assert re.search(rf"^\s+{name}\s", top.out, re.MULTILINE)
         assert epd(name, "--help").code == 0

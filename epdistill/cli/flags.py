@@ -1,0 +1,61 @@
+"""The flags that mean the same for every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from epdistill.workflows.context import Context
+
+RecipeFlag = Annotated[
+    str | None, typer.Option("--recipe", help="Bundled recipe or TOML file.", show_default=False)
+]
+DataFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="digits, mnist, fashion-mnist, cifar10, cifar100, svhn or folder:PATH."
+    ),
+]
+RootFlag = Annotated[
+    Path | None, typer.Option("--data-root", help="Folder with downloaded data sets.")
+]
+DownloadFlag = Annotated[bool, typer.Option("--download", help="Fetch the data set if missing.")]
+SizeFlag = Annotated[
+    int | None, typer.Option("--image-size", help="Resize the images of a folder to this side.")
+]
+EpochsFlag = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data.")]
+SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
+DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+PrecisionFlag = Annotated[
+    str | None, typer.Option("--precision", help="float32, bfloat16 or float64.")
+]
+OutFlag = Annotated[Path | None, typer.Option("--out", help="Where to write; numbered by itself.")]
+ResumeFlag = Annotated[
+    bool, typer.Option("--resume", help="Continue --out, or the newest unfinished run.")
+]
+RunsFlag = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+RUNS = Path("runs")
+
+
+def context_of(runs: Path, root: Path | None, download: bool, device: str, quiet: bool) -> Context:
+    """The context that the shared flags ask for."""
+    from epdistill.console import Reporter
+    from epdistill.workflows.context import Context
+
+    return Context(runs, root, download, device, Reporter(quiet=quiet))
+
+
+def overrides_of(section: str, **values: Any) -> dict[str, Any]:
+    """Flags as recipe keys; the shared ones keep their place."""
+    places = {"epochs": f"{section}.epochs", "data": "data.name", "image_size": "data.image_size"}
+    return {places.get(name, name): value for name, value in values.items()}
+
+
+def recipe_for(data: str | None) -> str:
+    """The recipe when none is named: one of the data set's own, or the rule from the image size."""
+    return "digits" if data in (None, "digits") else "default"

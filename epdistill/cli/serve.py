@@ -1,0 +1,132 @@
+"""The command `serve`. Needs neither torch nor anything that imports it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from epdistill.cli.output import emit_json, show_table
+from epdistill.errors import ExportError
+
+if TYPE_CHECKING:
+    from epdistill.export.serving.engine import Engine
+
+TOKEN = "EPDISTILL_TOKEN"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[MODEL.onnx]...", help="Exported files; the newest without any.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
+    ] = 8000,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--provider", show_default=False,
+            help="onnxruntime's execution provider, the preferred one first; CPU without any.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="Threads per model; all cores without it."),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("--max-batch", min=1, help="Most images in a batch.")
+    ] = 64,
+    delay: Annotated[
+        float, typer.Option("--delay-ms", min=0, help="Longest wait for others to share a batch.")
+    ] = 2.0,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, help="Most images waiting per model.")
+    ] = 1024,
+    deadline: Annotated[
+        float, typer.Option("--deadline", min=0.001, help="Seconds until a request is given up.")
+    ] = 10.0,
+    body: Annotated[
+        int, typer.Option("--max-body-mib", min=1, help="Largest request, MiB.")
+    ] = 64,
+    linger: Annotated[
+        float, typer.Option("--linger", min=0, help="Seconds of serving on after SIGTERM.")
+    ] = 1.0,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of all runs.")] = Path("runs"),
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on standard output, when ready.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Serve exported models: Open Inference Protocol, picture upload, a page to play with.
+
+    A token in the environment variable EPDISTILL_TOKEN is asked of clients.
+    """
+    try:
+        from epdistill.export.serving.engine import Engine
+        from epdistill.export.serving.models import load_models, newest_export
+        from epdistill.export.serving.server import bind, url_of
+        from epdistill.export.serving.server import serve as work
+        from epdistill.export.serving.settings import Limits
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"serving needs the package {error.name}; expected the extra: "
+            "type `pip install 'epdistill[serve]'`"
+        ) from error
+
+    mebi = body << 20
+    limits = Limits(
+        batch=batch, delay=delay / 1e3, queue=max(queue, batch), deadline=deadline,
+        body_bytes=mebi, held_bytes=max(Limits.held_bytes, mebi), linger=linger,
+    )  # fmt: skip
+    chosen = models or [newest_export(runs)]
+    providers = [_full_name(name) for name in provider or ["CPU"]]
+    engine = Engine(load_models(chosen, threads=threads, providers=providers), limits)
+    listener = bind(host, port)
+    token = os.environ.get(TOKEN) or None
+    if token is None and host not in _LOOPBACK:
+        _warn(f"anyone who reaches {host} may use this server: set {TOKEN} to ask for a token")
+    url = url_of(listener)
+
+    def announce() -> None:
+        _announce(engine, chosen, url, as_json=json)
+
+    work(engine, listener, token=token, announce=announce)
+
+
+def _announce(engine: Engine, paths: Sequence[Path], url: str, *, as_json: bool) -> None:
+    if as_json:
+        models = [
+            {"name": name, "path": str(path), "sha256": model.manifest.sha256}
+            for path, (name, model) in zip(paths, engine.models.items(), strict=True)
+        ]
+        emit_json({"url": url, "models": models})
+    else:
+        rows = [
+            [
+                name,
+                " x ".join(map(str, model.classifier.input_shape)),
+                str(len(model.manifest.classes)),
+            ]
+            for name, model in engine.models.items()
+        ]
+        show_table(url, ["model", "image", "classes"], rows, None)
+    sys.stdout.flush()
+
+
+def _full_name(provider: str) -> str:
+    """`CUDA` for `CUDAExecutionProvider`."""
+    suffix = "ExecutionProvider"
+    return provider if provider.endswith(suffix) else provider + suffix
+
+
+def _warn(message: str) -> None:
+    typer.echo(f"epdistill: {message}", err=True)

@@ -1,0 +1,36 @@
+"""What a recipe may say about an ablation, as `[ablate]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from epdistill.recipes.section import Section
+
+
+class AblateRecipe(Section):
+    """Which rows are compared, on how many seeds, under which attacks.
+
+    The radii are the columns of the published tables (`epdistill.robustness.paper`); how
+    many steps and queries the attacks take is said in `[evaluate]`.
+
+    Attributes:
+        rows: By name, in the order of the table; all of them without it.
+        deciding: Rows that are trained on every seed.
+        seeds: How many those are, counted from the recipe's `seed`.
+        other_seeds: On how many of them the other rows are trained.
+        suite: `quick` or `full`.
+        limit: Images that are attacked, drawn by the recipe's seed: the same for all.
+        linf: Radii of the Linf balls, in units of the [0,1] pixel range.
+        l2: Radii of the L2 balls.
+    """
+
+    rows: tuple[str, ...] | None = Field(default=None, min_length=1)
+    deciding: tuple[str, ...] = ("ep-teacher", "ce", "noise", "ce-inputs", "distilled")
+    seeds: PositiveInt = 3
+    other_seeds: PositiveInt = 1
+    suite: Literal["quick", "full"] = "quick"
+    limit: PositiveInt = 200
+    linf: tuple[PositiveFloat, ...] = (0.00464159, 0.01, 0.0215443, 8 / 255)
+    l2: tuple[PositiveFloat, ...] = (0.0788029, 0.308503, 0.486219, 1.0)

@@ -1,0 +1,148 @@
+"""Who is timed: the models of a run, or untrained ones of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from epdistill.data import to_float
+from epdistill.errors import RunError
+from epdistill.loading import load_epcnn, load_student
+from epdistill.recipes import Recipe
+from epdistill.runs import newest_run, open_run
+from epdistill.workflows.context import Context, require_finished
+from epdistill.workflows.deployment import reduced_file
+from epdistill.workflows.evaluation import EXPORTED, exported_file
+
+if TYPE_CHECKING:
+    from epdistill.export.bench import Contender
+    from epdistill.export.runtime import OnnxClassifier
+    from epdistill.teachers.model import EPCNN
+
+BATCH_SIZES = (1, 64)
+PUBLISHED = "teacher, published 250 sweeps"
+SETTLED = "teacher, relaxed to tolerance"
+STUDENT = "student, torch"
+COMPILED = "student, torch.compile"
+ONNX = "student, onnxruntime"
+INT8 = "student, onnxruntime int8"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The models.
+
+    Attributes:
+        label: What it is called in the results.
+        teacher: The teacher.
+        student: The folded student, in eval mode.
+        onnx: Its exported file, opened.
+        int8: Its quantised file, or why there is none.
+        images: float32 (N, C, H, W) in [0,1].
+        sizes: Bytes of the exported files by contender.
+    """
+
+    label: str
+    teacher: EPCNN
+    student: torch.nn.Module
+    onnx: OnnxClassifier
+    int8: OnnxClassifier | str
+    images: Tensor
+    sizes: dict[str, int]
+
+
+def trained(context: Context, run: Path | None, threads: int) -> Timed:
+    """The models of a student's run."""
+    from epdistill.export.manifest import INT8 as PRECISION
+    from epdistill.export.runtime import OnnxClassifier
+
+    source = open_run(run, "student") if run else newest_run(context.runs, "student")
+    require_finished(source)
+    path = exported_file(source)
+    if not path.is_file():
+        raise RunError(
+            f"{source.path} has no {EXPORTED}; expected an exported student: "
+            f"type `epdistill export {source.path}` first"
+        )
+    int8: OnnxClassifier | str = f"no int8 file: type `epdistill export {source.path} --int8`"
+    quantised, sizes = reduced_file(path, PRECISION), {ONNX: path.stat().st_size}
+    if quantised.is_file():
+        int8 = OnnxClassifier.open_checked(quantised, threads=threads)
+        sizes[INT8] = quantised.stat().st_size
+    return Timed(
+        source.name,
+        load_epcnn(open_run(Path(source.config["teacher"]["path"]), "teacher")),
+        load_student(source).folded().eval(),
+        OnnxClassifier.open_checked(path, threads=threads),
+        int8,
+        to_float(context.data_of(source).test.images[: max(BATCH_SIZES)]),
+        sizes,
+    )
+
+
+def untrained(recipe: Recipe, threads: int) -> Timed:
+    """Untrained networks of a recipe, for timing alone; no data set is needed."""
+    import tempfile
+
+    from epdistill.export.onnx_export import export_onnx
+    from epdistill.export.quantise import SEARCHED, quantise
+    from epdistill.export.reduced import read_source, ship
+    from epdistill.export.runtime import OnnxClassifier
+    from epdistill.students.distill import build_student
+    from epdistill.teachers.teach import build_teacher
+    from epdistill.workflows.shapes import stand_in
+
+    data = stand_in(recipe, images=max(BATCH_SIZES))
+    teacher = build_teacher(recipe, data).eval()
+    folded = build_student(recipe, teacher).folded().eval()
+    images = to_float(data.test.images)
+    with tempfile.TemporaryDirectory() as folder:
+        path, quantised = Path(folder) / EXPORTED, Path(folder) / "int8.onnx"
+        export_onnx(
+            folded,
+            path,
+            image_shape=(data.channels, data.image_size, data.image_size),
+            classes=data.classes,
+            images=images[:16],
+            metadata={},
+        )
+        content, manifest = read_source(path)
+        pixels, labels = images.numpy(), data.test.labels.numpy()
+        # Untrained networks have no accuracy to lose.
+        reduced = quantise(
+            content, manifest, calibration=pixels[:16], images=pixels, labels=labels,
+            max_drop=100.0, searched=SEARCHED[:1],
+        )  # fmt: skip
+        ship(reduced, quantised, manifest, pixels, max_drop=100.0)
+        onnx, int8 = (OnnxClassifier.open_checked(file, threads=threads)
+                      for file in (path, quantised))  # fmt: skip
+        sizes = {ONNX: path.stat().st_size, INT8: quantised.stat().st_size}
+    label = f"untrained networks of recipe {recipe.name}"
+    return Timed(label, teacher, folded, onnx, int8, images, sizes)
+
+
+def teacher_contenders(teacher: EPCNN) -> list[Contender]:
+    """The teacher as published (autograd of Phi, 250 synchronous sweeps), and as relaxed here."""
+    from epdistill.export.bench import Contender, torch_contender
+    from epdistill.teachers.reference import reference_logits
+
+    def published(images: Tensor) -> Tensor:
+        return reference_logits(teacher.network(), teacher.normalise(images))
+
+    return [Contender(PUBLISHED, published), torch_contender(settling(teacher), SETTLED)]
+
+
+def settling(teacher: EPCNN) -> EPCNN:
+    """The teacher as it relaxes to a tolerance: by its own schedule if that has one.
+
+    The published schedule has none (a fixed number of synchronous sweeps); then red-black to 1e-4.
+    """
+    from epdistill.teachers.schedule import Schedule
+
+    if teacher.schedule.tolerance > 0:
+        return teacher
+    return teacher.with_schedule(Schedule(omega=1.3, tolerance=1e-4))

@@ -1,0 +1,152 @@
+"""Running the application on uvicorn, from the socket to a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from epdistill.errors import ExportError
+from epdistill.export.serving.app import create_app
+from epdistill.export.serving.engine import Engine
+
+_BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Args:
+        host: A name or an address.
+        port: 0 for any free one.
+
+    Raises:
+        ExportError: It is taken, not allowed, or no address of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ExportError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}); expected an address and "
+            "a free port of this machine: choose others with --host and --port"
+        ) from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a listening socket is reached from this machine."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    engine: Engine, listener: socket.socket, *, token: str | None, announce: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, then answer what was accepted and return.
+
+    At the first signal the server stops being ready, and says in every answer that the
+    connection ends; for `Limits.linger` seconds it still takes requests. Then it stops
+    listening and finishes what is open. A second signal ends at once.
+
+    Args:
+        engine: What is served.
+        listener: See `bind`.
+        token: See `create_app`.
+        announce: Called once, when requests are answered.
+    """
+    limits = engine.limits
+    # The server's name is nobody's business.
+    config = uvicorn.Config(
+        create_app(engine, token),
+        http=_protocol(limits.header_seconds),
+        ws="none",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=limits.header_bytes,
+        timeout_graceful_shutdown=int(limits.deadline) + 5,
+    )
+    _Server(config, engine, announce).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server with an end in two steps."""
+
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, announce: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._engine, self._announce = engine, announce
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._engine.draining:
+            self.should_exit = self.force_exit = True
+        elif self._loop is not None:
+            self._engine.draining = True
+            self._loop.call_soon_threadsafe(
+                self._loop.call_later, self._engine.limits.linger, self._stop
+            )
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+
+def _protocol(header_seconds: float) -> type[H11Protocol]:
+    """uvicorn's HTTP protocol, which waits for a header forever, with a time limit on it."""
+
+    class Protocol(H11Protocol):
+        _header: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state is not h11.IDLE:  # a header has come
+                self._stop_waiting()
+            elif self.timeout_keep_alive_task is None:
+                self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            if self._header is None:
+                self._header = self.loop.call_later(header_seconds, self._hang_up)
+
+        def _stop_waiting(self) -> None:
+            if self._header is not None:
+                self._header.cancel()
+                self._header = None
+
+        def _hang_up(self) -> None:
+            self._header = None
+            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+                self.transport.close()
+
+    return Protocol

@@ -1,0 +1,243 @@
+"""`export` and `bench` as commands: files, manifests, cards, keys as documented."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epdistill.cli import main
+from epdistill.data import load, to_float
+from epdistill.export import quantise
+from epdistill.export.manifest import manifest_path, read_manifest
+from epdistill.export.reduced import Reduced
+from epdistill.export.runtime import OnnxClassifier
+from epdistill.loading import load_epcnn, load_student
+from epdistill.runs import open_run, write_json
+from epdistill.workflows.measured import newest_robustness
+
+DOCS = Path(__file__).parents[2] / "docs"
+RECIPE = """
+name = "tiny"
+seed = 3
+[teacher]
+channels = [8, 8]
+epochs = 2
+[student]
+name = "cnn"
+width = 8
+epochs = 2
+[evaluate]
+limit = 16
+linf = [0.1]
+l2 = []
+steps = 2
+queries = 5
+"""
+
+Call = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a teacher and a student on real digits."""
+    folder = tmp_path_factory.mktemp("deployment")
+    (folder / "tiny.toml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in (
+            ["teach", "--recipe", "tiny.toml"],
+            ["distill", "--recipe", "tiny.toml"],
+            ["teach", "--recipe", "tiny.toml", "--model", "bp-cnn", "--epochs", "1"],
+        ):
+            patch.setattr(sys, "argv", ["epdistill", *command, "--quiet"])
+            with pytest.raises(SystemExit) as stop:
+                main()
+            assert stop.value.code in (0, None)
+        yield folder
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(made, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def epd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    def call(*args: str, code: int = 0) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["epdistill", *args, "--quiet", "--json"])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        assert (stop.value.code or 0) == code, printed.err
+        found: dict[str, Any] = json.loads(printed.out) if code == 0 else {"error": printed.err}
+        return found
+
+    return call
+
+
+def documented(file: str, part: str) -> set[str]:
+    """The keys in the first columns of the tables of one part of a document."""
+    section = (DOCS / file).read_text().split(f"\n## {part}\n", 1)[1].split("\n## ", 1)[0]
+    found = set()
+    for key in re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE):
+        head, brace, rest = key.partition("{")
+        found |= {head + name for name in (rest.rstrip("}").split(", ") if brace else [""])}
+    return found
+
+
+def paths(value: object, above: str = "") -> Iterator[str]:
+    """Every key of some JSON, as documents write them."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            yield above + key
+            yield from paths(inside, f"{above}{key}.")
+    elif isinstance(value, list):
+        for inside in value:
+            yield from paths(inside, f"{above.removesuffix('.')}[].")
+
+
+def unknown(content: object, known: set[str]) -> set[str]:
+    """The keys that a document does not have."""
+    wide = tuple(key.removesuffix("*") for key in known if key.endswith("*"))
+    return {key for key in paths(content) if not key.startswith(wide)} - known
+
+
+def test_all_precisions_of_a_student(work: Path, epd: Call) -> None:
+    done = epd("export", "--int8", "--fp16", "--max-drop", "3", "--robustness", "16")
+    run = open_run(work / "runs/tiny-cnn-001")
+    data = load("digits", seed=3)
+    images = to_float(data.test.images)
+    expected = load_student(run)(images).argmax(1)
+    files = [done, *done["reduced"]]
+    assert [Path(file["onnx"]).name for file in files] == [
+        "model.onnx", "model-int8.onnx", "model-float16.onnx",
+    ]  # fmt: skip
+    assert [file["precision"] for file in files] == ["float32", "int8", "float16"]
+    for file in files:
+        path = Path(file["onnx"])
+        labels = OnnxClassifier.open_checked(path)(images).argmax(1)
+        assert (labels == expected).double().mean() > 0.95
+        accuracy = float((labels == data.test.labels).double().mean())
+        assert file["figures"]["test_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+        assert file["size_bytes"] == path.stat().st_size
+        # Square, transfer and corruptions hit the very file.
+        found = file["figures"]["robustness"]
+        assert found["measured_on"] == f"tiny-cnn-001/{path.name} (onnx)"
+        assert {"square", "transfer"} <= set(found["attacks"])
+        threats = {row["threat"]: row for row in found["threats"]}
+        assert {"clean", "linf", "corruptions"} <= threats.keys()
+        assert threats["linf"]["n"] == 16
+        assert threats["linf"]["accuracy"] <= threats["clean"]["accuracy"]
+        card = Path(file["card"]).read_text()
+        assert "## Robustness" in card and file["sha256"] in card
+        assert str(work) not in card + Path(file["manifest"]).read_text()
+    assert Path(done["results"]).is_file()
+
+    known = documented("export.md", "The manifest")
+    for file in files:
+        manifest = json.loads(Path(file["manifest"]).read_text())
+        assert not unknown(manifest, known)
+        assert file["figures"] == manifest["figures"]
+    top = {key for key in known if "." not in key} - {"metadata", "format_version"}
+    assert top - {"classes", "image_shape"} <= done.keys()
+    printed = documented("export.md", "`epdistill export --json`")
+    assert done.keys() == {key for key in printed if "." not in key}
+    assert {f"reduced[].{key}" for key in done["reduced"][0]} <= printed
+
+    # The same run once more: figures of evaluations since then are in the file, so twice.
+    again = [epd("export", "--out", f"{name}.onnx")["sha256"] for name in ("a", "b")]
+    assert again[0] == again[1]
+    inside = OnnxClassifier.open_checked(work / "a.onnx").metadata
+    assert json.loads(inside["epdistill.robustness"])["measured_on"] == "tiny-cnn-001 (student)"
+
+
+def test_a_teacher_s_loop_and_a_file_that_takes_bytes(work: Path, epd: Call) -> None:
+    done = epd("export", "runs/tiny-ep-cnn-001", "--sweeps", "40", "--uint8-input")
+    assert done["kind"] == "teacher" and done["figures"]["sweeps"] == 40
+    assert read_manifest(manifest_path(Path(done["onnx"]))).kind == "teacher"
+    classifier = OnnxClassifier.open_checked(Path(done["onnx"]))
+    assert classifier.signature.pixels
+    assert classifier.metadata["epdistill.input_layout"] == "NHWC"
+    images = to_float(load("digits", seed=3).test.images[:64])
+    teacher = load_epcnn(open_run(work / "runs/tiny-ep-cnn-001"))
+    assert (classifier(images).argmax(1) == teacher(images).argmax(1)).double().mean() > 0.95
+    shown = epd("evaluate", done["onnx"], "--limit", "8")
+    assert shown["models"][0]["kind"] == "onnx"
+
+
+def test_a_baseline(work: Path, epd: Call) -> None:
+    done = epd("export", "runs/tiny-bp-cnn-001")
+    assert done["kind"] == "baseline"
+    metadata = read_manifest(Path(done["manifest"])).metadata
+    assert metadata["baseline"] == "bp-cnn" and metadata["baseline_run"] == "tiny-bp-cnn-001"
+    assert "teacher_run" not in metadata
+
+
+def test_too_large_a_drop_writes_no_int8_file(
+    work: Path, epd: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = quantise.quantise
+
+    def worse(*args: Any, **given: Any) -> Reduced:
+        found = honest(*args, **given)
+        judged = replace(found.judged, accuracy=found.judged.float_accuracy - 0.03)
+        return replace(found, judged=judged)
+
+    monkeypatch.setattr(quantise, "quantise", worse)
+    found = epd("export", "--int8", "--max-drop", "2.9", code=2)
+    assert "3.00 points" in found["error"] and "--max-drop" in found["error"]
+    assert not list((work / "runs/tiny-cnn-001").glob("model-*"))
+    epd("export", "--int8", "--max-drop", "3.1")
+
+
+def test_robustness_of_an_earlier_run_of_the_same_name_is_not_claimed(
+    work: Path, epd: Call
+) -> None:
+    epd("evaluate", "runs/tiny-cnn-001", "--limit", "4")
+    run = open_run(work / "runs/tiny-cnn-001")
+    assert newest_robustness(work / "runs", run) is not None
+    config = {**run.config, "finished": "2999-01-01T00:00:00+00:00"}
+    write_json(run.path / "config.json", config)
+    assert newest_robustness(work / "runs", open_run(run.path)) is None
+
+
+def test_bench_times_everybody_under_documented_keys(work: Path, epd: Call) -> None:
+    done = epd("export", "--int8", "--max-drop", "5")
+    content = epd("bench", "--rounds", "3", "--threads", "1", "--no-compile")
+    folder = Path(content.pop("bench")).parent
+    assert content == json.loads((folder / "bench.json").read_text())
+    assert content["hardware"]["torch_threads"] == 1
+    assert {row["name"] for row in content["rows"]} == {
+        "teacher, published 250 sweeps", "teacher, relaxed to tolerance", "student, torch",
+        "student, onnxruntime", "student, onnxruntime int8",
+    } == content["contenders"].keys()  # fmt: skip
+    assert content["skipped"] == [{"what": "student, torch.compile", "why": "not asked for"}]
+    facts = content["contenders"]
+    assert facts["student, onnxruntime int8"]["size_bytes"] == done["reduced"][0]["size_bytes"]
+    assert facts["student, onnxruntime"]["size_bytes"] == done["size_bytes"]
+    # 250 sweeps through autograd against some tens without: this is arithmetic, not timing.
+    assert (
+        facts["teacher, published 250 sweeps"]["flops_per_image"]
+        > 3 * facts["teacher, relaxed to tolerance"]["flops_per_image"]
+        > 0
+    )
+    rate = max(row["flops_per_second"] for row in content["matrix"])
+    for row in content["rows"]:
+        flops = row["images_per_second"] * facts[row["name"]]["flops_per_image"]
+        assert row["matrix_share"] == pytest.approx(flops / rate)
+    assert (folder / "bench.png").stat().st_size > 10_000 and (folder / "bench.svg").is_file()
+    known = documented("bench-schema.md", "bench.json")
+    assert not unknown(content, known)
+    real = set(paths(content))
+    assert {key for key in known if not key.endswith("*")} <= real
