@@ -213,6 +213,7 @@ def _draw(place: Workplace, content: Mapping[str, Any]) -> None:
             row["title"]: [case for case in row["mean"] if case["norm"] in (CLEAN, norm)]
             for row in content["rows"]
         }
-        n = max(case["n"] for rows in curves.values() for case in rows)
+        counts = sorted({case["n"] for rows in curves.values() for case in rows})
+        n = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         title = f"Accuracy under the worst attack, {place.split} images, n = {n}"
         save(accuracy_curves(curves, norm, title=title), place.output / f"accuracy-{norm}")

@@ -18,16 +18,20 @@ Table = tuple[str, list[str], list[list[str]]]
 def _cell(case: Mapping[str, Any]) -> str:
     """Mean, spread over seeds if there are several, and interval, in percent."""
     low, high = case["ci95"]
-    spread = "" if case["std"] is None else f" ±{100 * case['std']:.1f}"
-    return f"{100 * case['accuracy']:.1f}{spread}\n({100 * low:.0f}-{100 * high:.0f})"
+    spread = "" if case["std"] is None else f"±{100 * case['std']:.1f}"
+    return f"{100 * case['accuracy']:.1f}{spread}\n{100 * low:.0f}-{100 * high:.0f}"
 
 
 def _threat(case: Mapping[str, Any]) -> str:
     return CLEAN if case["norm"] == CLEAN else ball(case["norm"], case["eps"])
 
 
-def _names(row: Mapping[str, Any]) -> list[str]:
-    return [f"{row['row']}\n{row['title']}", f"{len(row['seeds'])}\n{row['mean'][0]['n']}"]
+def _name(row: Mapping[str, Any]) -> str:
+    seeds = len(row["seeds"])
+    lines = [row["row"], f"{seeds} seed{'s' * (seeds > 1)}, n = {row['mean'][0]['n']}"]
+    if row["keys"].get("student.inputs") == "adversarial":
+        lines.append("(not inherited)")
+    return "\n".join(lines)
 
 
 def tables(content: Mapping[str, Any]) -> list[Table]:
@@ -53,8 +57,8 @@ def _accuracy(content: Mapping[str, Any], norm: str) -> Table:
     kept = {
         row["row"]: [case for case in row["mean"] if case["norm"] in (CLEAN, norm)] for row in rows
     }
-    head = ["row", "seeds\nn", *(_threat(case) for case in kept[rows[0]["row"]])]
-    body = [[*_names(row), *map(_cell, kept[row["row"]])] for row in rows]
+    head = ["row", *(_threat(case).replace(" ", "\n") for case in kept[rows[0]["row"]])]
+    body = [[_name(row), *map(_cell, kept[row["row"]])] for row in rows]
     return title, head, body
 
 
@@ -109,4 +113,4 @@ def _compared(content: Mapping[str, Any], case: tuple[str, float]) -> Table:
 
 def _gap(gap: Mapping[str, Any]) -> str:
     low, high = gap["ci95"]
-    return f"{100 * gap['difference']:+.1f} ({100 * low:+.0f} to {100 * high:+.0f})"
+    return f"{100 * gap['difference']:+.1f}\n{100 * low:+.0f} to {100 * high:+.0f}"
