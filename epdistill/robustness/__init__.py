@@ -16,6 +16,7 @@ units         what is computed at once; journal remembers it if the process dies
 outcomes      what came out, image by image, and the worst case over attacks
 intervals     how sure a share of n images is; shares puts it beside the share
 results       results.json, with the tables of published_table and transfer
+paired        several models image by image, over seeds: means and differences
 rows          results.csv; tables the results as text
 drawing       the pictures of an evaluation, drawn by pictures
 """

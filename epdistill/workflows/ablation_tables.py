@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from epdistill.robustness.guards import L2, NORMS
+from epdistill.robustness.guards import L2, LINF, NORMS
 from epdistill.robustness.paired import CLEAN
 from epdistill.robustness.shares import ball
 from epdistill.workflows.ablation_plan import REFERENCES
@@ -49,16 +49,21 @@ def tables(content: Mapping[str, Any]) -> list[Table]:
 
 
 def _accuracy(content: Mapping[str, Any], norm: str) -> Table:
-    rows = content["rows"]
+    """The radii of a norm; clean images stand beside Linf, corrupted ones beside L2."""
+    rows, beside = content["rows"], CLEAN if norm == LINF else ""
     title = (
         f"worst case on {content['split']} images in %: mean ± standard deviation over seeds, "
         "below it the 95 % interval over n images"
     )
     kept = {
-        row["row"]: [case for case in row["mean"] if case["norm"] in (CLEAN, norm)] for row in rows
+        row["row"]: [case for case in row["mean"] if case["norm"] in (beside, norm)] for row in rows
     }
     head = ["row", *(_threat(case).replace(" ", "\n") for case in kept[rows[0]["row"]])]
     body = [[_name(row), *map(_cell, kept[row["row"]])] for row in rows]
+    if norm == L2 and all(row["corrupted"] is not None for row in rows):
+        head.append("corrupted")
+        for cells, row in zip(body, rows, strict=True):
+            cells.append(f"{100 * row['corrupted']:.1f}")
     return title, head, body
 
 
