@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from epdistill.teachers.energy import Network, Pooled, States, activate, zero_states
+from epdistill.teachers.energy import Network, Pooled, States, zero_states
 from epdistill.teachers.mixed import Base, DifferencePhase, coarse_states, lowered, make_base
-from epdistill.teachers.phase import Phase, rows_of
+from epdistill.teachers.phase import Phase, pools_at, rows_of
 from epdistill.teachers.schedule import Certificate, Nudge, Push, Relaxed, Schedule
 
 
@@ -148,8 +148,18 @@ def residuals(
         return batch.residual(batch.forces())
 
 
+def unit_clip(x: Tensor) -> Tensor:
+    """clip(x, 0, 1), elementwise."""
+    return x.clamp(0, 1)
+
+
 def unrolled(
-    network: Network, images: Tensor, schedule: Schedule, *, start: States | None = None
+    network: Network,
+    images: Tensor,
+    schedule: Schedule,
+    *,
+    start: States | None = None,
+    clip: Callable[[Tensor], Tensor] = unit_clip,
 ) -> States:
     """`schedule.sweeps` sweeps of the free phase that autograd can differentiate.
 
@@ -160,11 +170,11 @@ def unrolled(
         images: (N, C, H, W), normalised; gradients flow to them.
         schedule: Kind, omega and number of sweeps.
         start: Where to start; zeros without it.
+        clip: What keeps states in [0,1]; another one may have another slope.
     """
     a, depth = network.architecture.curvature, network.depth
     states = list(start) if start is not None else zero_states(network, images.shape[0])
-    pooled = [network.pool(1, network.drive(1, images))]
-    pooled += [network.pool(n, network.drive(n, states[n - 2])) for n in range(2, depth + 1)]
+    pooled = pools_at(network, states, network.pool(1, network.drive(1, images)))
     odd, even = range(1, depth + 1, 2), range(2, depth + 1, 2)
     halves = [odd, even] if schedule.kind == "red-black" else [range(1, depth + 1)]
     omega = schedule.omega if schedule.kind == "red-black" else 1.0
@@ -176,7 +186,7 @@ def unrolled(
                 if n < depth:
                     top = network.unpool(n + 1, states[n], pooled[n])
                     h = h + network.feedback(n + 1, top, states[n - 1].shape[2:])
-                moved[n] = (states[n - 1] + omega * (activate(h, a) - states[n - 1])).clamp(0, 1)
+                moved[n] = clip(states[n - 1] + omega * (clip(h / a) - states[n - 1]))
             for n, new in moved.items():
                 states[n - 1] = new
                 if n < depth:

@@ -59,30 +59,9 @@ class SoftenedUnroll(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) in [0,1] to logits (N,K)."""
-        from epdistill.teachers.energy import zero_states
+        from epdistill.teachers.relaxation import unrolled
 
-        network, schedule = self.teacher.network(), self.teacher.schedule
         x = self.teacher.normalise(images)
-        a, depth = network.architecture.curvature, network.depth
-        states = zero_states(network, len(x))
-        pooled = [network.pool(1, network.drive(1, x))]
-        pooled += [network.pool(n, network.drive(n, states[n - 2])) for n in range(2, depth + 1)]
-        halves = [range(1, depth + 1, 2), range(2, depth + 1, 2)]
-        omega = schedule.omega
-        if schedule.kind != "red-black":
-            halves, omega = [range(1, depth + 1)], 1.0
-        for _ in range(self.sweeps):
-            for half in halves:
-                moved = {}
-                for n in half:
-                    h = pooled[n - 1].value
-                    if n < depth:
-                        top = network.unpool(n + 1, states[n], pooled[n])
-                        h = h + network.feedback(n + 1, top, states[n - 1].shape[2:])
-                    step = soft_clip(h / a) - states[n - 1]
-                    moved[n] = soft_clip(states[n - 1] + omega * step)
-                for n, state in moved.items():
-                    states[n - 1] = state
-                    if n < depth:
-                        pooled[n] = network.pool(n + 1, network.drive(n + 1, state))
-        return network.answer(x, states)
+        network = self.teacher.network()
+        schedule = self.teacher.schedule.with_(sweeps=self.sweeps)
+        return network.answer(x, unrolled(network, x, schedule, clip=soft_clip))
