@@ -164,7 +164,7 @@ def attack_nearest(attack: Attack, ledger: Ledger, units: Units) -> None:
     scope = ledger.scope(attack, units.task)
     views: Mapping[str, Predict] = attack.of(ledger.views)
     for view, module in (views if attack.white_box else {"": ledger.predict}).items():
-        radii = attack.radii or units.task.suite.grid(attack.norm)
+        radii = units.task.suite.radii(attack)
         rows = [ledger.open_row(attack.name, view, attack.norm, eps, scope) for eps in radii]
         if not attack.alone and not units.task.suite.exhaustive:
             for row in rows:

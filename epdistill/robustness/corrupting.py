@@ -12,7 +12,6 @@ from torch import Tensor
 from epdistill.errors import EvaluationError
 from epdistill.robustness.attacking import Ledger
 from epdistill.robustness.corruptions import EXTRA, FAMILY, SEVERITIES, corrupt
-from epdistill.robustness.journal import pack_bits, unpack_bits
 from epdistill.robustness.outcomes import CorruptionOutcome
 from epdistill.robustness.published import run_published_corruption
 from epdistill.robustness.units import Task, Units
@@ -77,14 +76,10 @@ def _judge(
 ) -> None:
     task = units.task
     for ledger in ledgers:
-        work = partial(_wrong, ledger, units, made)
-        wrong = unpack_bits(units.run((ledger.name, family, name, severity), work), task.n)
+        key = (ledger.name, family, name, severity)
+        wrong = units.wrong(key, ledger.subject, ledger.predict, made)
         found = CorruptionOutcome(family, name, severity, name in EXTRA, wrong)
         ledger.corruptions.append(found)
         if family == FAMILY and task.suite.published():
             run_published_corruption(ledger, found, made, units)
         units.meter.add(f"{ledger.name}: {name} {severity}", task.n)
-
-
-def _wrong(ledger: Ledger, units: Units, made: Callable[[], Tensor]) -> str:
-    return pack_bits(units.wrong(ledger.subject, ledger.predict, made(), units.task.labels))

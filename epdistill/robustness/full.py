@@ -138,7 +138,7 @@ class FullSuite(QuickSuite):
             run,
             self.autoattack,
             AUTOATTACK_COST,
-            radii=self.grid(norm)[len(self.grid(norm)) // 2 :][:1],
+            radii=self.middle(norm),
             relaxed_images=self.autoattack_images,
             classes=4,
             alone=True,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from epdistill.robustness.attacking import (
 from epdistill.robustness.corrupting import Official, check_official, run_corruptions
 from epdistill.robustness.extras import diagnosis_work, run_basins, run_diagnosis
 from epdistill.robustness.guards import check_logits, derive_seed, evaluation_mode
-from epdistill.robustness.journal import Journal, pack_bits, unpack_bits
+from epdistill.robustness.journal import Journal
 from epdistill.robustness.outcomes import Evaluation
 from epdistill.robustness.published import published_work, run_published
 from epdistill.robustness.subjects import Subject
@@ -99,8 +98,8 @@ def evaluate(
         devices = [subject.device for subject in subjects]
         units = Units(task, journal or Journal(), meter, devices)
         for ledger in ledgers:
-            work = partial(_clean, ledger, task, units)
-            ledger.clean_wrong = unpack_bits(units.run((ledger.name, "clean"), work), task.n)
+            key = (ledger.name, "clean")
+            ledger.clean_wrong = units.wrong(key, ledger.subject, ledger.predict)
             meter.add(f"{ledger.name}: clean", task.n)
         for attack in attacks:
             _run_attack(attack, ledgers, units)
@@ -141,26 +140,18 @@ def choose(n: int, limit: int | None, seed: int, subset: str) -> Tensor:
     return torch.randperm(n, generator=generator)[:limit].sort().values
 
 
-def _clean(ledger: Ledger, task: Task, units: Units) -> str:
-    return pack_bits(units.wrong(ledger.subject, ledger.predict, task.images, task.labels))
-
-
 def _run_attack(attack: Attack, ledgers: Sequence[Ledger], units: Units) -> None:
     """One attack on all subjects, radius by radius."""
     if attack.nearest:
         for ledger in ledgers:
             attack_nearest(attack, ledger, units)
         return
-    for eps in _radii(attack, units.task.suite):
+    for eps in units.task.suite.radii(attack):
         for ledger in ledgers:
             if attack.white_box:
                 attack_views(attack, eps, ledger, ledgers, units)
             else:
                 attack_answers(attack, eps, ledger, units)
-
-
-def _radii(attack: Attack, suite: QuickSuite) -> tuple[float, ...]:
-    return suite.grid(attack.norm) if attack.radii is None else attack.radii
 
 
 def _classes(ledger: Ledger, task: Task) -> int:
@@ -206,7 +197,7 @@ def _work(
     for ledger in ledgers:
         for attack in attacks:
             runs = len(attack.of(ledger.views)) if attack.white_box else 1
-            rounds = 1 if attack.nearest else len(_radii(attack, suite))
+            rounds = 1 if attack.nearest else len(suite.radii(attack))
             each += runs * rounds * attack.cost
         each += published_work(ledger, published, suite)
         if temporal is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import fcntl
-import hashlib
 import json
 import os
 import zlib
@@ -176,15 +175,6 @@ def read_header(folder: Path) -> dict[str, Any]:
 def remove(folder: Path) -> None:
     """Delete a folder's journal, once its results are written."""
     (folder / NAME).unlink(missing_ok=True)
-
-
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 of some tensors' shapes, types and bytes."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
 
 
 def pack_bits(flags: Tensor) -> str:

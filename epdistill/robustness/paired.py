@@ -13,6 +13,7 @@ from typing import Any
 from epdistill.errors import EvaluationError
 from epdistill.robustness.intervals import Z95, wilson
 from epdistill.robustness.results import CSV_NAME
+from epdistill.robustness.shares import accuracy
 
 # A norm and a radius; clean images are ("clean", 0).
 Case = tuple[str, float]
@@ -68,8 +69,7 @@ def worst_cases(folder: Path, model: str) -> dict[Case, dict[int, bool]]:
 
 def share_of(answers: Answers) -> dict[str, Any]:
     """Accuracy of one model, Wilson's 95 % interval, and n."""
-    n, right = len(answers), sum(answers.values())
-    return {"accuracy": right / n, "ci95": list(wilson(right, n)), "n": n}
+    return accuracy(sum(answers.values()), len(answers))
 
 
 def over_seeds(seeds: Sequence[Answers]) -> dict[str, Any]:

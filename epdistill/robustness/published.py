@@ -90,11 +90,7 @@ def run_published(ledger: Ledger, attacks: Sequence[Attack], units: Units) -> No
     task, subject, plan = units.task, ledger.subject, _plan(ledger)
     ledger.notes.append(f"published protocol: {plan.note}")
     everything = task.first(None)
-    clean = units.run(
-        (ledger.name, "published", "clean"),
-        lambda: pack_bits(units.wrong(subject, plan.predict, task.images, task.labels)),
-    )
-    clean_wrong = unpack_bits(clean, task.n)
+    clean_wrong = units.wrong((ledger.name, "published", "clean"), subject, plan.predict)
     nothing = torch.zeros(task.n, dtype=torch.float64)
     ledger.published.append(
         PublishedOutcome(
@@ -120,7 +116,7 @@ def run_published(ledger: Ledger, attacks: Sequence[Attack], units: Units) -> No
                 )
             )
             continue
-        for eps in attack.radii or task.suite.grid(attack.norm):
+        for eps in task.suite.radii(attack):
             cell = Cell(attack, eps, None, model, plan.predict)
             wrong, own, reach = _cell(ledger, cell, "published", scope, units)
             adaptive = ledger.outcome().broken(attack.norm, eps) | own
@@ -143,11 +139,7 @@ def run_published_corruption(
     judge, wrong = plan.corrupted or plan.predict, own.wrong
     condition = f"{own.corruption}/{own.severity}"
     if judge is not ledger.predict:
-        text = units.run(
-            (ledger.name, "published", condition),
-            lambda: pack_bits(units.wrong(ledger.subject, judge, made(), task.labels)),
-        )
-        wrong = unpack_bits(text, task.n)
+        wrong = units.wrong((ledger.name, "published", condition), ledger.subject, judge, made)
     nothing, everything = torch.zeros(task.n, dtype=torch.float64), task.first(None)
     ledger.published.append(
         PublishedOutcome(
@@ -166,7 +158,7 @@ def published_work(ledger: Ledger, attacks: Sequence[Attack], suite: QuickSuite)
         if attack.nearest:
             total += attack.cost * (1 + len(ledger.views))
         else:
-            total += attack.cost * len(attack.radii or suite.grid(attack.norm))
+            total += attack.cost * len(suite.radii(attack))
     return total
 
 

@@ -10,6 +10,11 @@ from epdistill.robustness.guards import LINF
 from epdistill.robustness.intervals import wilson
 
 
+def accuracy(right: int, n: int) -> dict[str, Any]:
+    """Accuracy, its Wilson 95 % interval, and n: `right` of `n` images, JSON-ready."""
+    return {"accuracy": right / n, "ci95": list(wilson(right, n)), "n": n}
+
+
 def share(wrong: Tensor, scope: Tensor | None = None) -> dict[str, Any]:
     """Accuracy, its Wilson 95 % interval, and n.
 
@@ -19,8 +24,7 @@ def share(wrong: Tensor, scope: Tensor | None = None) -> dict[str, Any]:
     """
     counted = wrong if scope is None else wrong[scope]
     n = len(counted)
-    right = n - int(counted.sum())
-    return {"accuracy": right / n, "ci95": list(wilson(right, n)), "n": n}
+    return accuracy(n - int(counted.sum()), n)
 
 
 def ball(norm: str, eps: float) -> str:

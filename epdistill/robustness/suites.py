@@ -176,6 +176,15 @@ class QuickSuite:
         """The radii at which the attacks of a norm run."""
         return {LINF: self.linf, L2: self.l2}[norm]
 
+    def radii(self, attack: Attack) -> tuple[float, ...]:
+        """The radii of one attack: its own, or those of its norm."""
+        return self.grid(attack.norm) if attack.radii is None else attack.radii
+
+    def middle(self, norm: str) -> tuple[float, ...]:
+        """The middle radius of a norm's grid; none of an empty grid."""
+        grid = self.grid(norm)
+        return grid[len(grid) // 2 :][:1]
+
     def climb(self) -> int:
         """The cost of one PGD: a gradient step is about three forward passes."""
         return 3 * self.pgd.steps * self.pgd.restarts

@@ -45,8 +45,7 @@ class _Source:
 
 def sweep_radii(suite: QuickSuite) -> tuple[tuple[str, float], ...]:
     """The middle radius of each norm's grid."""
-    grids = ((norm, suite.grid(norm)) for norm in NORMS)
-    return tuple((norm, grid[len(grid) // 2]) for norm, grid in grids if grid)
+    return tuple((norm, eps) for norm in NORMS for eps in suite.middle(norm))
 
 
 def temporal_work(ledger: Ledger, suite: QuickSuite, settings: TemporalSettings) -> int:
@@ -142,12 +141,7 @@ def _clean(ledger: Ledger, sweeps: int | None, reader: Predict, units: Units) ->
     """Where the answer read after `sweeps` sweeps errs on the clean images, (N,) bool."""
     if sweeps is None:
         return ledger.clean_wrong
-    task = units.task
-    text = units.run(
-        (ledger.name, TEMPORAL, CLEAN, sweeps),
-        lambda: pack_bits(units.wrong(ledger.subject, reader, task.images, task.labels)),
-    )
-    return unpack_bits(text, task.n)
+    return units.wrong((ledger.name, TEMPORAL, CLEAN, sweeps), ledger.subject, reader)
 
 
 def _sources(ledger: Ledger, horizons: Horizons, settings: TemporalSettings) -> tuple[_Source, ...]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epdistill.errors import EpdistillError, EvaluationError
+from epdistill.errors import EpdistillError
 from epdistill.robustness.guards import check_logits, derive_seed
-from epdistill.robustness.journal import Journal
+from epdistill.robustness.journal import Journal, pack_bits, unpack_bits
 from epdistill.robustness.subjects import Predict, Subject
 from epdistill.robustness.suites import QuickSuite
 
@@ -116,11 +116,30 @@ class Units:
             yield part
             self.meter.add(what, cost * len(part))
 
-    def wrong(self, subject: Subject, predict: Predict, images: Tensor, labels: Tensor) -> Tensor:
-        """Where `predict` errs on images (n,C,H,W) uint8, in batches: (n,) bool."""
-        parts = split(torch.arange(len(images)), self.task.batch_size)
-        found = [errs(subject, predict, images[p].float() / 255, labels[p]) for p in parts]
-        return torch.cat(found)
+    def wrong(
+        self,
+        key: Sequence[str | float | None],
+        subject: Subject,
+        predict: Predict,
+        made: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Where `predict` errs on all images of the task, (N,) bool: one unit, judged in batches.
+
+        Args:
+            key: Names the unit.
+            subject: Whose answers they are.
+            predict: What is judged.
+            made: Gives what is shown instead, (N,C,H,W) uint8, such as corrupted images.
+        """
+        task = self.task
+
+        def judge() -> str:
+            images = task.images if made is None else made()
+            parts = split(torch.arange(task.n), task.batch_size)
+            found = [errs(subject, predict, images[p].float() / 255, task.labels[p]) for p in parts]
+            return pack_bits(torch.cat(found))
+
+        return unpack_bits(self.run(key, judge), task.n)
 
 
 def part_key(part: Tensor) -> str:
@@ -146,10 +165,7 @@ def named(where: str) -> Iterator[None]:
     """Put the model's name before what is said about it."""
     try:
         yield
-    except EvaluationError as error:
-        raise EvaluationError(f"{where}: {error}") from error
     except EpdistillError as error:
-        # Rooms speak of their own models; the name still helps.
         raise type(error)(f"{where}: {error}") from error
 
 

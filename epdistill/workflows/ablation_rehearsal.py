@@ -121,7 +121,7 @@ def costs(plan: Plan, context: Context) -> dict[str, Cost]:
             answer = _second(partial(model, images)) / len(images)
         rounds = 0
         for attack in suite.attacks():
-            radii = 1 if attack.nearest else len(attack.radii or suite.grid(attack.norm))
+            radii = 1 if attack.nearest else len(suite.radii(attack))
             rounds += attack.cost * radii * (made.views if attack.white_box else 1)
         generator = generator_of(plan.recipe.seed)
         batch = Batch(images, labels, 0, 1, 0, 1, generator, torch.arange(len(images)))

@@ -132,10 +132,9 @@ def aggregation(probe: Probe) -> Outcome:
 
     Runs last: it puts together what all other checks tried at the radius of comparison.
     """
-    everything = probe.worst if probe.views else probe.clean_wrong
-    exact = float((~everything).double().mean())
     if not probe.views:
         return skipped("no attack was run on this subject: it has no gradients")
+    exact = float((~probe.worst).double().mean())
     means = {"reported": float((~probe.reported[0]).double().mean())}
     for name, broken in probe.tried.items():
         # Counted with what it was seen to break: some ran on the survivors only.

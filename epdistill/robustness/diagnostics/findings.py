@@ -7,7 +7,7 @@ from typing import Any
 
 from epdistill.robustness.diagnostics.catalogue import FAIL, PASS, SKIP, WARN, Check, Status
 from epdistill.robustness.diagnostics.settings import DiagnosticSettings
-from epdistill.robustness.intervals import wilson
+from epdistill.robustness.shares import accuracy
 
 CLEAN_VERDICT = "no masking evidence found"
 CAUTION = (
@@ -144,11 +144,6 @@ class Diagnosis:
 
     def _attacked(self, correct: int | None) -> dict[str, Any] | None:
         return None if correct is None else accuracy(correct, self.n)
-
-
-def accuracy(correct: int, n: int) -> dict[str, Any]:
-    """A share of images with Wilson's interval, JSON-ready."""
-    return {"accuracy": correct / n, "ci95": list(wilson(correct, n)), "n": n}
 
 
 def grade(count: int, n: int, slack: float) -> Status:

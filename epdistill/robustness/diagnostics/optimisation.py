@@ -41,22 +41,7 @@ def one_step(probe: Probe) -> Outcome:
 
 def unbounded(probe: Probe) -> Outcome:
     """Check 12: at Linf eps = 1 every image can become any other."""
-    return _judge_unbounded(probe, int((~_unbounded(probe)).sum()))
-
-
-def _unbounded(probe: Probe) -> Tensor:
-    """What PGD breaks at eps = 1, clean errors included: (N,) bool."""
-    right = (~probe.clean_wrong).nonzero().flatten()
-    steps = probe.settings.unbounded_steps
-    if "unbounded" not in probe.kept:
-        found, _ = probe.white(
-            1.0, right, lambda view, rows: probe.pgd(view, 1.0, rows, use="wide", steps=steps)
-        )
-        probe.kept["unbounded"] = found | probe.clean_wrong
-    return probe.kept["unbounded"]
-
-
-def _judge_unbounded(probe: Probe, left: int) -> Outcome:
+    left = int((~probe.unbounded).sum())
     detail = f"{left} of {probe.n} images withstand PGD-{probe.settings.unbounded_steps} at eps = 1"
     return Outcome(grade(left, probe.n, probe.settings.slack), left / probe.n, detail)
 
@@ -66,7 +51,7 @@ def budget_curve(probe: Probe) -> Outcome:
     n, slack = probe.n, probe.settings.slack
     points = [(0.0, int((~probe.clean_wrong).sum()))]
     points += [(eps, int((~broken).sum())) for eps, (broken, _) in probe.curve.items()]
-    points.append((1.0, int((~_unbounded(probe)).sum())))
+    points.append((1.0, int((~probe.unbounded).sum())))
     rise = max(after - before for (_, before), (_, after) in pairwise(points))
     above = max(0, points[-1][1] - round(n / probe.classes))
     told = ", ".join(f"{255 * eps:.3g}/255: {count / n:.2f}" for eps, count in points)

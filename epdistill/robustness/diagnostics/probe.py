@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from epdistill.errors import EvaluationError
 from epdistill.robustness.attacks import PGDSettings, pgd_linf
 from epdistill.robustness.diagnostics.climbing import Climb, climb, image_gradient
-from epdistill.robustness.diagnostics.losses import Objective, cross_entropy, log_margin
+from epdistill.robustness.diagnostics.losses import Objective, log_margin
 from epdistill.robustness.diagnostics.settings import DiagnosticSettings
 from epdistill.robustness.guards import check_logits, derive_seed
 from epdistill.robustness.subjects import Predict, Subject
@@ -40,7 +40,6 @@ class Probe:
         claimed: The accuracy that an evaluation quotes at `settings.eps`, to be checked.
         draw: A stochastic subject's answer before averaging; None: `predict` itself.
         tried: What each attack broke at `eps`, (N,) bool by name, gathered as checks run.
-        kept: Other results that two checks share.
     """
 
     subject: Subject
@@ -52,7 +51,6 @@ class Probe:
     claimed: float | None = None
     draw: Predict | None = None
     tried: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -98,7 +96,7 @@ class Probe:
 
         return self.subject.predict if isinstance(self.subject.predict, EPCNN) else None
 
-    def answers(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def answers(self, images: Tensor) -> Tensor:
         """What `predict` says, (n,K) on the CPU; images (n,C,H,W).
 
         Raises:
@@ -107,7 +105,7 @@ class Probe:
         told = []
         with torch.no_grad():
             for part in split(images, self.settings.batch_size):
-                logits = check_logits(self.subject.predict(part), len(part), labels)
+                logits = check_logits(self.subject.predict(part), len(part))
                 told.append(logits.detach().cpu())
         return torch.cat(told) if told else torch.empty(0, self.classes)
 
@@ -267,6 +265,16 @@ class Probe:
         hit = found.to(images.device)[:, None, None, None]
         return broken | found, torch.where(hit, moved, images)
 
+    @cached_property
+    def unbounded(self) -> Tensor:
+        """What PGD breaks at eps = 1, clean errors included: (N,) bool."""
+        right = (~self.clean_wrong).nonzero().flatten()
+        steps = self.settings.unbounded_steps
+        found, _ = self.white(
+            1.0, right, lambda view, rows: self.pgd(view, 1.0, rows, use="wide", steps=steps)
+        )
+        return found | self.clean_wrong
+
     @property
     def survivors(self) -> Tensor:
         """Numbers of the images that withstood the reported attack, (n,) int64."""
@@ -277,7 +285,7 @@ class Probe:
         self.tried[name] = self.tried.get(name, torch.zeros_like(broken)) | broken
         return int((broken & ~self.reported[0]).sum())
 
-    def climb(self, view: nn.Module, rows: Tensor, objective: Objective = cross_entropy) -> Climb:
+    def climb(self, view: nn.Module, rows: Tensor, objective: Objective) -> Climb:
         """A recorded ascent at `eps` on some images, in one batch."""
         return climb(
             view,
