@@ -21,10 +21,33 @@ from epdistill.students.matching import Loss, Matching, matching_loss
 from epdistill.students.model import Student
 from epdistill.students.pretrained import start_from
 from epdistill.students.spec import Goal, StudentSpec
+from epdistill.teachers.model import EPCNN
 from epdistill.teachers.targets import Targets, Teacher
 from epdistill.training import Batch, cosine, model_state, restore_model, seed_of
 
 LOOKED_AT = 16
+# A loose tolerance is reached early: it is looked for often, and after a short coarse phase.
+CHECK_EVERY, COARSE = 5, 10
+
+
+def hurried(teacher: Teacher, tolerance: float | None) -> Teacher:
+    """The teacher as a step of training asks it: stopping at this residual.
+
+    Start, order, omega and precision stay, so it heads for the same equilibria. A teacher
+    that does not relax, or a tolerance below its own, is left as it is.
+    """
+    if tolerance is None or not isinstance(teacher, EPCNN):
+        return teacher
+    own = teacher.schedule
+    if tolerance <= own.tolerance:
+        return teacher
+    return teacher.with_schedule(
+        own.with_(
+            tolerance=tolerance,
+            check_every=min(own.check_every, CHECK_EVERY),
+            coarse=min(own.coarse, COARSE),
+        )
+    )
 
 
 def spec_for(recipe: StudentRecipe, teacher: Teacher) -> StudentSpec:
@@ -96,14 +119,10 @@ def check(recipe: StudentRecipe, teacher: Teacher, data: DataSet) -> None:
                 "expected 0"
             )
         return
-    if (
-        recipe.cached_views
-        and recipe.inputs == "adversarial"
-        and recipe.adversarial_targets != "clean"
-    ):
+    if recipe.cached_views and recipe.inputs == "adversarial" and recipe.targets != "clean":
         raise RecipeError(
             f"cached_views = {recipe.cached_views} with adversarial inputs, which change with the "
-            "student; expected adversarial_targets = clean, or no cache"
+            "student; expected targets = clean, or no cache"
         )
     if recipe.distance == "bce" and recipe.match == "states":
         images = to_float(data.train.images[:LOOKED_AT]).to(teacher.mean.device)
@@ -127,7 +146,7 @@ def cache_for(
     """
     if recipe.cached_views == 0:
         return None
-    device = teacher.mean.device
+    device, asked = teacher.mean.device, hurried(teacher, recipe.teacher_tolerance)
     return ViewCache(
         folder,
         views=recipe.cached_views,
@@ -135,7 +154,7 @@ def cache_for(
         image=(data.channels, data.image_size, data.image_size),
         states=student.targets,
         classes=teacher.classes,
-        teacher=lambda images: teacher.targets(images.to(device)),
+        teacher=lambda images: asked.targets(images.to(device)),
     )
 
 
@@ -158,8 +177,9 @@ class DistillTask:
         validation: Split,
         cache: ViewCache | None = None,
     ) -> None:
-        self.student, self.teacher, self.validation = student, teacher, validation
+        self.student, self.validation = student, validation
         self.recipe, self.cache = recipe.student, cache
+        self.teacher = hurried(teacher, self.recipe.teacher_tolerance)
         self.matching = Matching(
             self.recipe.distance,
             self.recipe.state_weight,
@@ -198,19 +218,23 @@ class DistillTask:
         return noisy(images, self.recipe.inputs, self.recipe.noise_std, generator)
 
     def _ask(self, batch: Batch) -> tuple[Tensor, Targets]:
-        """The placed images and the teacher's answer to them."""
+        """The placed images, and the teacher's answer to them or to the clean ones."""
+        clean = self.recipe.targets == "clean"
+
+        def asked(places: Tensor | slice = slice(None)) -> Tensor:
+            seen = batch.images if clean else self._place(batch.images, batch.generator)
+            return seen[places]
+
         if self.cache is None:
-            images = self._place(batch.images, batch.generator)
-            return images, self.teacher.targets(images)
-
-        def fresh(places: Tensor) -> Tensor:
-            return self._place(batch.images, batch.generator)[places]
-
-        images, goal = self.cache.fetch(batch.epoch % self.cache.views, batch.index, fresh)
-        device = batch.images.device
-        states = [state.to(device) for state in goal.states]
-        settled = goal.settled.to(device)
-        return images.to(device), Targets(states, goal.logits.to(device), settled, goal.sweeps)
+            images = asked()
+            goal = self.teacher.targets(images)
+        else:
+            images, goal = self.cache.fetch(batch.epoch % self.cache.views, batch.index, asked)
+            device = batch.images.device
+            states = [state.to(device) for state in goal.states]
+            settled, logits = goal.settled.to(device), goal.logits.to(device)
+            images, goal = images.to(device), Targets(states, logits, settled, goal.sweeps)
+        return (self._place(images, batch.generator) if clean else images), goal
 
     def _search(
         self, loss: Callable[[Tensor], Tensor], images: Tensor, generator: torch.Generator
@@ -252,7 +276,7 @@ class DistillTask:
                 lambda x: F.cross_entropy(self.student(x), labels), images, batch.generator
             )
         logits = self.student(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        loss = self._label_loss(logits, labels)
         return loss, {"accuracy": float((logits.argmax(1) == labels).double().mean())}
 
     def _distilled(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -261,10 +285,13 @@ class DistillTask:
         if self.recipe.inputs == "adversarial":
             # The teacher's answer is held while the student is searched.
             images = self._search(lambda x: self._loss(x, goal)[0].total, images, batch.generator)
-            if self.recipe.adversarial_targets == "there":
+            if self.recipe.targets == "there":
                 goal = self.teacher.targets(images)
                 spent.append(goal.sweeps)
         loss, logits = self._loss(images, goal)
+        total = loss.total
+        if self.recipe.label_weight:
+            total = total + self.recipe.label_weight * self._label_loss(logits, batch.labels)
         values = {
             "states": float(loss.states),
             "kl": float(loss.logits),
@@ -272,7 +299,10 @@ class DistillTask:
             "settled": float(goal.settled.double().mean()),
         }
         sweeps = [float(s.double().mean()) for s in spent if s is not None]
-        return loss.total, {**values, "sweeps": sum(sweeps)} if sweeps else values
+        return total, {**values, "sweeps": sum(sweeps)} if sweeps else values
+
+    def _label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
 
     def _loss(self, images: Tensor, goal: Targets) -> tuple[Loss, Tensor]:
         landed, logits = self.student.match(images)
