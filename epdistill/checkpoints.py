@@ -59,7 +59,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], facts: Mapping[st
     path = folder / METRICS
     # The rows so far: what happens to the file meanwhile can be mended.
     metrics = path.read_text() if path.is_file() else ""
-    told = json.dumps({**facts, "metrics": metrics})
+    told = json.dumps({"metrics": metrics, **facts})
     data = save_safetensors(tensors, metadata={"facts": told})
     # The digest goes in front: a torn or altered checkpoint must not be continued from.
     atomic_write(folder / STATE, hashlib.sha256(data).digest() + data, keep=folder / PREVIOUS)

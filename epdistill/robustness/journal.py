@@ -171,6 +171,16 @@ def begun(folder: Path) -> bool:
         return file.readline().endswith(b"\n")
 
 
+def damaged_lines(path: Path) -> list[int]:
+    """The numbers of a journal's lines that are not as they were written."""
+    lines = path.read_bytes().split(b"\n")
+    # Every line ends with a newline: what comes after the last one was cut short.
+    whole, rest = lines[:-1], lines[-1]
+    return [number for number, line in enumerate(whole, start=1) if _parse(line) is None] + (
+        [len(lines)] if rest else []
+    )
+
+
 def in_use(folder: Path) -> bool:
     """Whether another process is writing a folder's journal."""
     with (folder / NAME).open("rb") as file:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from statistics import fmean

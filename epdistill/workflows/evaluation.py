@@ -22,8 +22,8 @@ from epdistill.workflows.request import (
     open_journal,
     unfinished_evaluation,
 )
-from epdistill.workflows.survival import resume_command, told
 from epdistill.workflows.subjects import onnx_subject, run_subject
+from epdistill.workflows.survival import resume_command, told
 
 if TYPE_CHECKING:
     from epdistill.robustness.corruptions.cifar10c import Cifar10C
