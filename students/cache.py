@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from epdistill.disk import writing
-from epdistill.errors import RunError
+from epdistill.errors import DiskError, RunError
 from epdistill.teachers.targets import Shape, Targets
 
 VIEWS = "views.f16"
@@ -41,8 +41,7 @@ class ViewCache:
         teacher: Images (N, C, H, W) in [0,1] to what it answers; its last states count.
 
     Raises:
-        RunError: The disk has no room for it.
-        DiskError: It is read-only, or filled up meanwhile.
+        DiskError: The disk has no room for it, or is read-only.
     """
 
     def __init__(
@@ -68,9 +67,10 @@ class ViewCache:
         if not self.found:
             free = shutil.disk_usage(folder).free
             if free < self.size_bytes:
-                raise RunError(
-                    f"{views} cached views need {self.size_bytes / 1e9:.2f} GB in {folder}, which "
-                    f"has {free / 1e9:.2f} GB free; expected fewer --cached-views, or a larger disk"
+                raise DiskError(
+                    f"cannot write {self.path}: {views} cached views need {self.size_bytes:,} "
+                    f"bytes, {free:,} are free",
+                    "make room, or begin anew with fewer --cached-views",
                 )
             _reserve(self.path, self.size_bytes)
         mode: Literal["r+"] = "r+"

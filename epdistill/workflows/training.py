@@ -272,7 +272,8 @@ def _open_folder(
     }
     try:
         write_json(folder / CONFIG, config)
-    except DiskError:
+    except DiskError:  # nothing has begun
+        (folder / CONFIG).unlink(missing_ok=True)
         with suppress(OSError):  # it may hold other files
             folder.rmdir()
         raise
