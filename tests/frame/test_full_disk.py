@@ -198,7 +198,6 @@ def test_a_small_disk(command: tuple[str, ...], disk: Disk, epd: Call) -> None:
             assert outcome.code == 0, outcome.err
         else:
             told.append(stopped(outcome, "bytes"))
-            print(f"{pages} pages: {outcome.err.strip()}")  # noqa: T201
             disk.free()
             done = go_on(epd, told[-1], command)
             assert done.code == 0, done.err
