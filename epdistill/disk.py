@@ -38,10 +38,12 @@ def trouble(error: OSError, path: Path | str | None = None) -> DiskError | None:
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
-    name = path if path is not None else error.filename
-    if name is None or isinstance(name, int):
-        return DiskError(f"cannot write ({error.strerror})", remedy)
-    return DiskError(f"cannot write {name} ({error.strerror}{_room(Path(name))})", remedy)
+    if path is not None:
+        return DiskError(f"cannot write {path} ({error.strerror}{_room(Path(path))})", remedy)
+    name = error.filename
+    if not isinstance(name, str | os.PathLike):
+        return DiskError(f"cannot read or write ({error.strerror})", remedy)
+    return DiskError(f"cannot read or write {name} ({error.strerror}{_room(Path(name))})", remedy)
 
 
 def _room(path: Path) -> str:

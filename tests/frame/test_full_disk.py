@@ -318,10 +318,10 @@ def test_other_errors_are_none_of_a_disks() -> None:
     assert trouble(OSError("no number")) is None
     found = trouble(OSError(errno.ENOSPC, "full", "nowhere/at/all"))
     assert found is not None
-    assert "cannot write nowhere/at/all (full, " in str(found)
+    assert "cannot read or write nowhere/at/all (full, " in str(found)
     assert str(found.going_on("A is kept", "B")).endswith("; A is kept: make room, then type B")
     bare = trouble(OSError(errno.ENOSPC, "full"))
-    assert bare is not None and "cannot write (full); " in str(bare)
+    assert bare is not None and "cannot read or write (full); " in str(bare)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -118,7 +118,9 @@ def test_a_full_disk_is_told_with_the_command(tmp_path: Path) -> None:
         with told("B", lambda: "A is kept"):
             raise OSError(number, "says the system", "a")
 
-    with pytest.raises(DiskError, match=r"cannot write a .*; A is kept: make room, then type B$"):
+    with pytest.raises(
+        DiskError, match=r"cannot read or write a .*; A is kept: make room, then type B$"
+    ):
         fails(errno.ENOSPC)
     with pytest.raises(FileNotFoundError):  # no disk's fault
         fails(errno.ENOENT)
