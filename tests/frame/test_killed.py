@@ -92,10 +92,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("killed")
     (folder / "tiny.toml").write_text(TINY)
     server = Server(folder)
-    yield server
-    assert server.process.stdin is not None
-    server.process.stdin.close()
-    assert server.process.wait(60) == 0
+    with server.process:  # closes its standard input, which ends it
+        yield server
+    assert server.process.returncode == 0
 
 
 def go_on(server: Server, command: tuple[str, ...], out: str) -> None:
