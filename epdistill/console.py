@@ -7,7 +7,7 @@ table, or with `--json` exactly one JSON object).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -45,8 +45,9 @@ class Reporter:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
 
     def line(self, text: str) -> None:
-        """One line of news."""
-        self.console.print(text, soft_wrap=True)
+        """One line of news; where it cannot be told, the work goes on all the same."""
+        with suppress(OSError):
+            self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:

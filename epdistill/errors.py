@@ -4,6 +4,7 @@
     +- RecipeError            a recipe file or a flag holds something impossible
     +- DataError              a data set is missing, broken or does not fit
     +- RunError               a run folder is missing, of the wrong kind, or damaged
+    +- DiskError              a disk is full, read-only or broken
     +- ExportError            an export could not be made or did not pass its gate
     |  +- ParityError         the exported graph does not compute what the model computes
     +- RequestError           a request that the server refuses, with an HTTP status
@@ -33,6 +34,30 @@ class DataError(EpdistillError):
 
 class RunError(EpdistillError):
     """A run folder that is missing, of the wrong kind, or damaged."""
+
+
+class DiskError(EpdistillError):
+    """A disk that takes no more; whatever was complete before is kept.
+
+    Attributes:
+        what: Which file, why, and how much room is left.
+        remedy: What to do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        remedy: str,
+        kept: str = "what was complete before is kept",
+        command: str = "the same command again",
+    ) -> None:
+        super().__init__(f"{what}; {kept}: {remedy}, then type {command}")
+        self.what = what
+        self.remedy = remedy
+
+    def going_on(self, kept: str, command: str) -> DiskError:
+        """The same trouble, told by someone who knows what is kept and how to continue."""
+        return DiskError(self.what, self.remedy, kept, command)
 
 
 class ExportError(EpdistillError):

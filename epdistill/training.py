@@ -9,27 +9,23 @@ training reads the clock; the clock only decides how often a checkpoint is writt
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from epdistill.augment import Augmentation
+from epdistill.checkpoints import pick_up, save_checkpoint
 from epdistill.console import SILENT, Reporter
 from epdistill.data import Split, to_float
-from epdistill.errors import DivergedError, RunError
-from epdistill.runs import METRICS, append_metrics, atomic_write, read_metrics
+from epdistill.errors import DivergedError
+from epdistill.runs import append_metrics
 
-STATE = "state.safetensors"
 CHECKPOINT_SECONDS = 60.0
 
 
@@ -90,41 +86,6 @@ def cosine(done: float, floor: float = 0.0) -> float:
     return floor + (1 - floor) * 0.5 * (1 + cos(pi * min(max(done, 0.0), 1.0)))
 
 
-def save_checkpoint(folder: Path, task: Task, facts: Mapping[str, Any]) -> None:
-    """Write what resuming needs, atomically."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in task.state().items()}
-    data = save_safetensors(tensors, metadata={"facts": json.dumps(dict(facts))})
-    # The digest goes in front: a torn or altered checkpoint must not be continued from.
-    atomic_write(folder / STATE, hashlib.sha256(data).digest() + data)
-
-
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Read the checkpoint of an unfinished run; None if there is none.
-
-    Raises:
-        RunError: The file is damaged.
-    """
-    path = folder / STATE
-    if not path.is_file():
-        return None
-    raw = path.read_bytes()
-    data = raw[32:]
-    if hashlib.sha256(data).digest() != raw[:32]:
-        raise RunError(f"{path} is damaged (its checksum does not fit); delete it to start again")
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        return load_safetensors(data), json.loads(header["__metadata__"]["facts"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); delete it to start again") from error
-
-
-def _trim_metrics(folder: Path, step: int) -> None:
-    """Drop rows written after the checkpoint: they will be written again."""
-    rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    atomic_write(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def fit(
     task: Task,
     split: Split,
@@ -159,18 +120,19 @@ def fit(
 
     Raises:
         DivergedError: A loss was not finite.
-        RunError: The checkpoint is damaged.
+        RunError: The checkpoint is damaged, and the one before it too.
+        DiskError: The disk is full; the last checkpoint is as it was.
     """
     size = min(batch_size, len(split))
     per_epoch = len(split) // size
     total = per_epoch * epochs
     step, sums, row = 0, {}, {}
-    found = load_checkpoint(folder)
+    found = pick_up(folder)
     if found is not None:
-        state, facts = found
-        task.restore(state)
-        step, sums, row = facts["step"], facts["sums"], facts["row"]
-        _trim_metrics(folder, step)
+        for note in found.notes:
+            reporter.line(note)
+        task.restore(found.state)
+        step, sums, row = (found.facts[key] for key in ("step", "sums", "row"))
         reporter.line(f"continuing at step {step} of {total}")
     saved = time.monotonic()
     with reporter.bar(title, total, step) as bar:
@@ -194,14 +156,14 @@ def fit(
                     sums[name] = sums.get(name, 0.0) + value
                 bar.advance(1, _show({n: s / (k + 1) for n, s in sums.items()}))
                 if k + 1 < per_epoch and time.monotonic() - saved >= checkpoint_seconds:
-                    save_checkpoint(folder, task, {"step": step, "sums": sums, "row": row})
+                    save_checkpoint(folder, task.state(), {"step": step, "sums": sums, "row": row})
                     saved = time.monotonic()
             train = {f"train.{name}": value / per_epoch for name, value in sums.items()}
             validation = {f"validation.{n}": value for n, value in task.validate().items()}
             row = {"step": step, "epoch": epoch + 1, **train, **validation}
             append_metrics(folder, row)
             sums = {}
-            save_checkpoint(folder, task, {"step": step, "sums": sums, "row": row})
+            save_checkpoint(folder, task.state(), {"step": step, "sums": sums, "row": row})
             saved = time.monotonic()
             news = {**train, "validation": row["validation.accuracy"]}
             reporter.line(f"[dim]{title}: epoch {epoch + 1}/{epochs}  {_show(news)}")

@@ -9,13 +9,13 @@ cut or mixed up. The keys are documented in docs/export.md.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from epdistill.errors import ExportError
+from epdistill.sealed import read_sealed, seal
 
 FORMAT_VERSION = 1
 STUDENT, BASELINE, TEACHER = "student", "baseline", "teacher"
@@ -65,7 +65,9 @@ def card_path(model: Path) -> Path:
 
 
 def write_artifact(path: Path, data: bytes, manifest: Manifest) -> Path:
-    """Write a model file, its card and then its manifest, each atomically.
+    """Write a model file, its card and then its manifest.
+
+    All are complete on the disk before the first one replaces an older file.
 
     Args:
         path: The model file; its folder is created where needed.
@@ -77,18 +79,11 @@ def write_artifact(path: Path, data: bytes, manifest: Manifest) -> Path:
 
     Raises:
         ExportError: The manifest speaks of other bytes, or the place cannot be written.
+        DiskError: The disk is full; older files are as they were.
     """
-    # Brings torch, which readers do not need.
-    from epdistill.runs import atomic_write
-
     if manifest.sha256 != sha256_of(data):
         raise ExportError(f"the manifest for {path} speaks of other bytes; expected their SHA-256")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, data)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    return write_manifest(path, manifest)
+    return _write(path, manifest, {path: data})
 
 
 def write_manifest(path: Path, manifest: Manifest) -> Path:
@@ -96,14 +91,26 @@ def write_manifest(path: Path, manifest: Manifest) -> Path:
 
     Raises:
         ExportError: The place cannot be written.
+        DiskError: The disk is full; older files are as they were.
     """
-    from epdistill.export.card import card
-    from epdistill.runs import atomic_write, write_json
+    return _write(path, manifest, {})
 
-    beside = manifest_path(path)
+
+def _write(path: Path, manifest: Manifest, before: Mapping[Path, bytes]) -> Path:
+    from epdistill.export.card import card
+
+    # Brings torch, which readers do not need.
+    from epdistill.runs import FILES, write_together
+
+    beside, words = manifest_path(path), card(manifest, path.name)
+    content = {
+        "format_version": FORMAT_VERSION,
+        **asdict(manifest),
+        FILES: {card_path(path).name: sha256_of(words.encode())},
+    }
     try:
-        atomic_write(card_path(path), card(manifest, path.name))
-        write_json(beside, {"format_version": FORMAT_VERSION, **asdict(manifest)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_together({**before, card_path(path): words, beside: seal(content)})
     except OSError as error:
         raise _unwritable(path, error) from error
     return beside
@@ -123,14 +130,12 @@ def read_manifest(path: Path) -> Manifest:
         ExportError: Missing, damaged, of another version, or some other JSON file.
     """
     try:
-        content = json.loads(path.read_text())
+        content: Any = read_sealed(path)
     except (OSError, ValueError) as error:  # ValueError: bad JSON, bad UTF-8
         raise ExportError(
             f"the manifest {path} cannot be read ({error}); export the model again"
         ) from error
-    if isinstance(content, dict) and content.get("format_version", FORMAT_VERSION) != (
-        FORMAT_VERSION
-    ):
+    if content.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         raise ExportError(
             f"the manifest {path} has format version {content['format_version']!r}; this epdistill "
             f"reads version {FORMAT_VERSION}: use the epdistill that wrote it"

@@ -8,7 +8,9 @@ rounded, so a replayed step equals one with the teacher online.
 
 from __future__ import annotations
 
+import os
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
@@ -18,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epdistill.errors import RunError
+from epdistill.disk import writing
+from epdistill.errors import DiskError, RunError
 from epdistill.teachers.targets import Shape, Targets
 
 VIEWS = "views.f16"
+_CHUNK = 1 << 24
 
 
 class ViewCache:
@@ -37,7 +41,7 @@ class ViewCache:
         teacher: Images (N, C, H, W) in [0,1] to what it answers; its last states count.
 
     Raises:
-        RunError: The disk has no room for it.
+        DiskError: The disk has no room for it, or is read-only.
     """
 
     def __init__(
@@ -58,15 +62,18 @@ class ViewCache:
         row = sum(prod(shape) for shape in self._shapes)
         self.size_bytes = 2 * views * images * row
         self.filled = torch.zeros(views, images, dtype=torch.bool)
+        self._sums = torch.zeros(views, images, dtype=torch.int64)
         self.found = self.path.is_file() and self.path.stat().st_size == self.size_bytes
         if not self.found:
             free = shutil.disk_usage(folder).free
             if free < self.size_bytes:
-                raise RunError(
-                    f"{views} cached views need {self.size_bytes / 1e9:.2f} GB in {folder}, which "
-                    f"has {free / 1e9:.2f} GB free; expected fewer --cached-views, or a fuller disk"
+                raise DiskError(
+                    f"cannot write {self.path}: {views} cached views need {self.size_bytes:,} "
+                    f"bytes, {free:,} are free",
+                    "make room, or begin anew with fewer --cached-views",
                 )
-        mode: Literal["r+", "w+"] = "r+" if self.found else "w+"
+            _reserve(self.path, self.size_bytes)
+        mode: Literal["r+"] = "r+"
         self._rows = np.memmap(self.path, np.float16, mode, shape=(views * images, row))
 
     def fetch(
@@ -83,8 +90,12 @@ class ViewCache:
         Returns:
             The pictures and the teacher's answer to them, in float32 on the CPU; `sweeps`
             are those of now, 0 for what was there.
+
+        Raises:
+            RunError: A row is not what was written: a later pass could not draw it again.
         """
         missing = (~self.filled[view, index]).nonzero().squeeze(1)
+        self._verify(view, index[self.filled[view, index]])
         sweeps = torch.zeros(len(index), dtype=torch.int64)
         if len(missing) > 0:
             pictures = fresh(missing).half()
@@ -92,12 +103,14 @@ class ViewCache:
             states = said.states[len(said.states) - (len(self._shapes) - 3) :]
             parts = [pictures, *states, said.logits, said.settled]
             flat = [part.reshape(len(missing), -1).half().cpu() for part in parts]
-            self._rows[self._places(view, index[missing])] = torch.cat(flat, 1).numpy()
+            rows = torch.cat(flat, 1).numpy()
+            self._rows[self._places(view, index[missing])] = rows
+            self._sums[view, index[missing]] = torch.tensor([zlib.crc32(row) for row in rows])
             self.filled[view, index[missing]] = True
             if said.sweeps is not None:
                 sweeps[missing] = said.sweeps.cpu()
-        rows = torch.from_numpy(self._rows[self._places(view, index)]).float()
-        pieces = torch.split(rows, [prod(shape) for shape in self._shapes], dim=1)
+        found = torch.from_numpy(self._rows[self._places(view, index)]).float()
+        pieces = torch.split(found, [prod(shape) for shape in self._shapes], dim=1)
         picture, *kept, logits, settled = (
             piece.reshape(len(index), *shape)
             for piece, shape in zip(pieces, self._shapes, strict=True)
@@ -110,22 +123,63 @@ class ViewCache:
         ).numpy()
         return places
 
-    def state(self) -> Tensor:
-        """Which rows are there, after they have been written out; (views, images) bool."""
-        self._rows.flush()
-        return self.filled.clone()
+    def _verify(self, view: int, index: Tensor) -> None:
+        for number in index.tolist():
+            if zlib.crc32(self._rows[view * self.images + number]) != self._sums[view, number]:
+                raise RunError(
+                    f"{self.path} is damaged (view {view} of image {number}); expected it as it "
+                    "was written: restore it, or distill again"
+                )
 
-    def restore(self, filled: Tensor) -> None:
+    def state(self) -> Tensor:
+        """The CRC-32 of every row, -1 where there is none, after they have been written out.
+
+        Returns:
+            (views, images) int64.
+        """
+        self._rows.flush()
+        return torch.where(self.filled, self._sums, -1)
+
+    def restore(self, state: Tensor) -> None:
         """Take back what `state` gave; rows that were written later are asked for again.
 
         Raises:
             RunError: The file is gone.
         """
+        old = state.dtype == torch.bool  # from before there were checksums
+        filled = state.clone() if old else state >= 0
         if bool(filled.any()) and not self.found:
             raise RunError(f"{self.path} is gone or of another size; restore it or train again")
-        self.filled = filled.clone()
+        self.filled, self._sums = filled, torch.zeros(filled.shape, dtype=torch.int64)
+        if not old:
+            self._sums = state.clone()
+            return
+        for view, number in filled.nonzero().tolist():
+            self._sums[view, number] = zlib.crc32(self._rows[view * self.images + number])
 
     def remove(self) -> None:
         """Delete the file: a finished run has no use for it."""
         del self._rows
         self.path.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of zeros that has its room on the disk.
+
+    A file with holes in it would be found out only when a page is written through the map, and
+    the system kills a process that has no room for a page.
+
+    Raises:
+        DiskError: There is no room; nothing is left behind.
+    """
+    with writing(path):
+        try:
+            with path.open("wb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    for start in range(0, size, _CHUNK):
+                        file.write(bytes(min(_CHUNK, size - start)))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise

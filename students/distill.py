@@ -142,7 +142,7 @@ def cache_for(
     """The cache that a recipe asks for, in a run's folder; None if the teacher is online.
 
     Raises:
-        RunError: The disk has no room for it.
+        DiskError: The disk has no room for it.
     """
     if recipe.cached_views == 0:
         return None

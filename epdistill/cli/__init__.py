@@ -8,6 +8,7 @@ import sys
 def main() -> None:
     """Entry point of `epdistill`: errors of the user become one line, never a traceback."""
     from epdistill.cli.output import fail
+    from epdistill.disk import trouble
     from epdistill.errors import EpdistillError, InterruptedByUserError
 
     try:
@@ -17,5 +18,10 @@ def main() -> None:
             app(prog_name="epdistill")
         except KeyboardInterrupt as error:  # before a command took over
             raise InterruptedByUserError from error
+        except OSError as error:
+            found = trouble(error)
+            if found is None:
+                raise
+            raise found from error
     except EpdistillError as error:
         sys.exit(fail(str(error), error.exit_code))

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from epdistill.cli.ablate import ablate
 from epdistill.cli.bench import bench
+from epdistill.cli.check import check
 from epdistill.cli.export import export
 from epdistill.cli.flags import (
     RUNS,
@@ -358,6 +359,9 @@ app.command()(bench)
 
 
 app.command()(serve)
+
+
+app.command()(check)
 
 
 @app.command("check-theorem")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -15,9 +16,10 @@ from rich.table import Table
 def fail(message: str, code: int) -> int:
     """One line on standard error; returns the exit code."""
     line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"[bold red]epdistill:[/bold red] {escape(line)}"
-    )
+    with suppress(OSError):  # standard error may lie on the disk that is full
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"[bold red]epdistill:[/bold red] {escape(line)}"
+        )
     return code
 
 

@@ -16,17 +16,18 @@ from __future__ import annotations
 import base64
 import fcntl
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from epdistill.disk import append, sync_folder, writing
 from epdistill.errors import EvaluationError
 
 NAME = "journal.jsonl"
@@ -43,7 +44,8 @@ class Journal:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self._units: dict[str, Any] = {}
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
+        self._path = Path()
 
     @classmethod
     def create(cls, folder: Path, header: Mapping[str, Any]) -> Journal:
@@ -53,14 +55,21 @@ class Journal:
             EvaluationError: There is one already.
         """
         path = folder / NAME
-        if path.exists():
+        if begun(folder):
             raise EvaluationError(
                 f"{folder} holds an unfinished evaluation; expected a new folder: continue that "
-                f"one with --resume {folder}, or name another folder"
+                f"one with --resume --out {folder}, or name another folder"
             )
         journal = cls()
-        journal._open(path, "xb")
-        journal._append({"journal": FORMAT_VERSION, "header": dict(header)})
+        journal._open(path, "ab+")
+        assert journal._file is not None
+        journal._file.truncate(0)
+        try:
+            journal._append({"journal": FORMAT_VERSION, "header": dict(header)})
+            sync_folder(folder)
+        except BaseException:
+            journal.close()
+            raise
         return journal
 
     @classmethod
@@ -87,7 +96,8 @@ class Journal:
         if end < len(content):
             journal.notes.append(f"{path}: the last line was cut short; its unit is done again")
         # The next line must begin on a line of its own.
-        journal._file.truncate(end)
+        if end < len(content):
+            journal._file.truncate(end)
         journal._file.seek(end)
         for number, line in enumerate(content[:end].splitlines()[1:], start=2):
             entry = _parse(line)
@@ -124,12 +134,17 @@ class Journal:
         return self._units.get(key)
 
     def put(self, key: str, found: Any) -> None:
-        """Remember a unit, on disk before this returns."""
+        """Remember a unit, on disk before this returns.
+
+        Raises:
+            DiskError: The disk is full, read-only or broken; the units before are kept.
+        """
         self._units[key] = found
         self._append({"unit": key, "found": found})
 
     def _open(self, path: Path, mode: str) -> None:
-        file: BinaryIO = path.open(mode)  # type: ignore[assignment]
+        with writing(path):
+            file = FileIO(path, mode)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -137,15 +152,43 @@ class Journal:
             raise EvaluationError(
                 f"another process is writing {path}; expected to be alone: wait for it to end"
             ) from error
-        self._file = file
+        self._file, self._path = file, path
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         if self._file is None:
             return
         text = _json(entry).encode()
-        self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            append(self._file.fileno(), b"%08x %s\n" % (zlib.crc32(text), text))
+
+
+def begun(folder: Path) -> bool:
+    """Whether a folder's journal has a first line; a kill may come before it is written."""
+    path = folder / NAME
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline().endswith(b"\n")
+
+
+def damaged_lines(path: Path) -> list[int]:
+    """The numbers of a journal's lines that are not as they were written."""
+    lines = path.read_bytes().split(b"\n")
+    # Every line ends with a newline: what comes after the last one was cut short.
+    whole, rest = lines[:-1], lines[-1]
+    return [number for number, line in enumerate(whole, start=1) if _parse(line) is None] + (
+        [len(lines)] if rest else []
+    )
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process is writing a folder's journal."""
+    with (folder / NAME).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -160,6 +203,11 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise EvaluationError(
             f"{folder} {why}; expected an unfinished evaluation to resume: start a new one "
             "without --resume"
+        )
+    if not begun(folder):
+        raise EvaluationError(
+            f"{path} was stopped before its first line; expected an unfinished evaluation to "
+            "resume: start again without --resume"
         )
     with path.open("rb") as file:
         entry = _parse(file.readline().rstrip(b"\n"))

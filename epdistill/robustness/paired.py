@@ -12,7 +12,7 @@ from typing import Any
 
 from epdistill.errors import EvaluationError
 from epdistill.robustness.intervals import Z95, wilson
-from epdistill.robustness.results import CSV_NAME
+from epdistill.robustness.results import checked_csv
 from epdistill.robustness.shares import accuracy
 
 # A norm and a radius; clean images are ("clean", 0).
@@ -34,9 +34,9 @@ def worst_cases(folder: Path, model: str) -> dict[Case, dict[int, bool]]:
         each whether an image of that number is still answered rightly.
 
     Raises:
-        EvaluationError: The file is missing, or says nothing of the model.
+        EvaluationError: The file is missing or damaged, or says nothing of the model.
     """
-    path = folder / CSV_NAME
+    path = checked_csv(folder)
     right: dict[int, bool] = {}
     broken: dict[Case, set[int]] = {}
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,7 +27,8 @@ from epdistill.robustness.rows import csv_text
 from epdistill.robustness.shares import share
 from epdistill.robustness.temporal import CLEAN, adaptive
 from epdistill.robustness.transfer import transfer_matrix
-from epdistill.runs import atomic_write, write_json
+from epdistill.runs import FILES, atomic_write, digest_of, digests_of, write_json
+from epdistill.sealed import read_sealed
 
 SCHEMA_VERSION = 2
 JSON_NAME = "results.json"
@@ -47,7 +47,8 @@ def write_results(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / CSV_NAME, csv_text(evaluation))
-    write_json(folder / JSON_NAME, summary(evaluation))
+    content = {**summary(evaluation), FILES: digests_of(folder, CSV_NAME)}
+    write_json(folder / JSON_NAME, content)
     return folder / JSON_NAME, folder / CSV_NAME
 
 
@@ -59,20 +60,36 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     path = folder / JSON_NAME
     try:
-        content = json.loads(path.read_text())
+        content = read_sealed(path)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise EvaluationError(
             f"{path} cannot be read ({reason}); expected the results of a finished evaluation: "
             "type `epdistill evaluate`"
         ) from error
-    found = content.get("schema_version") if isinstance(content, dict) else None
+    found = content.get("schema_version")
     if found != SCHEMA_VERSION:
         raise EvaluationError(
             f"{path} has schema version {found}; expected {SCHEMA_VERSION}: evaluate again"
         )
-    result: dict[str, Any] = content
-    return result
+    return content
+
+
+def checked_csv(folder: Path) -> Path:
+    """The path of a folder's `results.csv`, if it is the one that `results.json` tells of.
+
+    Raises:
+        EvaluationError: It is another one, or damaged.
+    """
+    path = folder / CSV_NAME
+    if path.is_file() and (folder / JSON_NAME).is_file():
+        told = read_results(folder).get(FILES, {}).get(CSV_NAME)
+        if told is not None and digest_of(path) != told:
+            raise EvaluationError(
+                f"{path} is damaged or was edited (its SHA-256 is not that in {JSON_NAME}); "
+                "expected it as it was written: restore it, or evaluate again"
+            )
+    return path
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:

@@ -7,16 +7,16 @@ takes the next part that is ready and that nobody else holds.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from epdistill.errors import EpdistillError, RunError
+from epdistill.errors import DiskError, EpdistillError, RunError
 from epdistill.recipes import Recipe
 from epdistill.recipes.loading import validate
 from epdistill.runs import new_run_folder, write_json
+from epdistill.sealed import read_sealed
 from epdistill.workflows.ablation_plan import Plan, plan_for
 from epdistill.workflows.ablation_rehearsal import costs, rehearse
 from epdistill.workflows.ablation_results import JSON_NAME, content_of, found_so_far, write
@@ -24,6 +24,7 @@ from epdistill.workflows.ablation_work import Part, Workplace, adopt, parts_of, 
 from epdistill.workflows.claims import claim
 from epdistill.workflows.context import Context
 from epdistill.workflows.evaluation import VALIDATION
+from epdistill.workflows.survival import offer, resume_command, told
 
 PLAN = "plan.json"
 STEM = "ablation"
@@ -89,14 +90,17 @@ def ablate(
     rehearse(place.plan, place.context)
     if not resume:
         stem = f"{place.plan.recipe.name}-{STEM}"
+        if out is None:
+            _offer(context)
         place = replace(place, folder=new_run_folder(out, context.runs, stem))
-    _note(place)
-    line = context.reporter.line
-    line(f"{place.folder}: {len(place.plan.entries())} rows and seeds on {place.split} images")
-    line(f"if interrupted: epdistill ablate --resume --out {place.folder}")
-    failed = _work_through(place)
-    content = content_of(place, found_so_far(place), failed)
-    write(place, content, pictures=True)
+    again, line = resume_command("ablate", place.folder), context.reporter.line
+    with told(again, lambda: "every part up to its last checkpoint is kept"):
+        _note(place)
+        line(f"{place.folder}: {len(place.plan.entries())} rows and seeds on {place.split} images")
+        line(f"if interrupted: {again}")
+        failed = _work_through(place)
+        content = content_of(place, found_so_far(place), failed)
+        write(place, content, pictures=True)
     return Ablated(place.output, content)
 
 
@@ -170,7 +174,7 @@ def _noted(folder: Path) -> tuple[Plan, str, list[Path], Path | None]:
         RunError: The folder is not that of an ablation.
     """
     try:
-        noted = json.loads((folder / PLAN).read_text())
+        noted = read_sealed(folder / PLAN)
         plan = Plan(validate(noted["recipe"], str(folder)), dict(noted["seeds"]))
         root = None if noted["data_root"] is None else Path(noted["data_root"])
         return plan, str(noted["split"]), [Path(path) for path in noted["teachers"]], root
@@ -200,17 +204,33 @@ def _unfinished(context: Context) -> Path:
     Raises:
         RunError: There is none.
     """
-    found = []
-    for path in context.runs.glob(f"*/{PLAN}"):
-        table = path.parent / json.loads(path.read_text())["split"] / JSON_NAME
-        if not (table.is_file() and json.loads(table.read_text())["complete"]):
-            found.append(path)
+    found = [path for path in context.runs.glob(f"*/{PLAN}") if not _complete(path)]
     if not found:
         raise RunError(
             f"no unfinished ablation under {context.runs}; expected one to --resume: name its "
             "folder with --out"
         )
-    return max(found, key=lambda path: (path.stat().st_mtime, path)).parent
+    return max(found, key=_age).parent
+
+
+def _age(path: Path) -> tuple[float, Path]:
+    return path.stat().st_mtime, path
+
+
+def _complete(path: Path) -> bool:
+    """Whether the table that a plan is about is complete; one that cannot be read is not."""
+    try:
+        table = path.parent / read_sealed(path)["split"] / JSON_NAME
+        return bool(read_sealed(table)["complete"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _offer(context: Context) -> None:
+    """Tell of the newest ablation if its table is not complete."""
+    newest = max(context.runs.glob(f"*/{PLAN}"), key=_age, default=None)
+    if newest is not None and not _complete(newest):
+        offer(context, "ablate", newest.parent)
 
 
 def _work_through(place: Workplace) -> dict[str, str]:
@@ -236,6 +256,8 @@ def _work_through(place: Workplace) -> dict[str, str]:
                 line(f"[bold]{parts.index(part) + 1}/{len(parts)}[/bold] {part.title}")
                 try:
                     part.work()
+                except DiskError:  # nothing else could be written either
+                    raise
                 except EpdistillError as error:  # the others should be done all the same
                     line(f"[red]{part.title}:[/red] {error}")
                     failed[part.name] = str(error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -21,7 +20,7 @@ from epdistill.robustness.paired import (
 )
 from epdistill.robustness.pictures import accuracy_curves, save
 from epdistill.robustness.results import read_results
-from epdistill.runs import atomic_write, open_run, write_json
+from epdistill.runs import atomic_write, open_run, read_json, write_json
 from epdistill.workflows.ablation_plan import REFERENCES, Entry
 from epdistill.workflows.ablation_work import FIDELITY, Workplace
 from epdistill.workflows.evaluation import TEST
@@ -68,7 +67,7 @@ def _found(place: Workplace, entry: Entry) -> Found:
     }
     fidelity = None
     if entry.cell.teacher is not None:
-        fidelity = json.loads((folder / FIDELITY).read_text())
+        fidelity = read_json(folder / FIDELITY, "delete it, and go on with --resume")
     mean = model["corruption_mean"]
     facts = {
         "seed": entry.seed,

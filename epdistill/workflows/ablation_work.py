@@ -10,7 +10,7 @@ from typing import Any
 
 from epdistill.errors import RecipeError
 from epdistill.recipes.loading import validate
-from epdistill.robustness.journal import NAME as JOURNAL
+from epdistill.robustness.journal import begun
 from epdistill.robustness.results import JSON_NAME as RESULTS
 from epdistill.runs import CONFIG, Run, open_run, write_json
 from epdistill.workflows.ablation_plan import Cell, Entry, Plan, teacher_facts, with_teachers
@@ -93,7 +93,7 @@ class Workplace:
         asked = Asked(
             suite=base.ablate.suite, limit=base.ablate.limit, seed=base.seed, split=self.split
         )
-        resume = (folder / JOURNAL).is_file()
+        resume = begun(folder)
         evaluate(list(models), self.context, asked=asked, recipe=how, out=folder, resume=resume)
 
     def _fidelity(self, run: Run, cell: Cell) -> dict[str, Any]:

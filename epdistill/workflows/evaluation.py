@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from epdistill.data import DataSet, Split, fingerprint
-from epdistill.errors import EpdistillError, RunError
+from epdistill.errors import DiskError, EpdistillError, RunError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.recipes.loading import validate
 from epdistill.runs import Run, finished_runs, open_run
@@ -23,6 +23,7 @@ from epdistill.workflows.request import (
     unfinished_evaluation,
 )
 from epdistill.workflows.subjects import onnx_subject, run_subject
+from epdistill.workflows.survival import resume_command, told
 
 if TYPE_CHECKING:
     from epdistill.robustness.corruptions.cifar10c import Cifar10C
@@ -129,7 +130,8 @@ def evaluate(
     )
     header = _header(asked, suite, subjects, split, device, official)
     folder, journal = open_journal(header, context, out, resumed)
-    with journal, context.reporter.bar("evaluate", 1) as bar:
+    again = told(resume_command("evaluate", folder), lambda: "what was found out is kept")
+    with again, journal, context.reporter.bar("evaluate", 1) as bar:
         for note in journal.notes:
             context.reporter.line(note)
         context.reporter.line(f"if interrupted: epdistill evaluate --resume --out {folder}")
@@ -148,8 +150,8 @@ def evaluate(
                 diagnose=bool(asked.diagnose),
                 official=official,
             )
-        except EpdistillError:
-            if journal.empty:
+        except EpdistillError as error:
+            if journal.empty and not isinstance(error, DiskError):
                 forget(folder)
             raise
         evaluation = replace(evaluation, split=chosen)

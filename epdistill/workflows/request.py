@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epdistill.errors import EvaluationError
+from epdistill.errors import DiskError, EvaluationError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.runs import new_run_folder
 from epdistill.workflows.context import Context
+from epdistill.workflows.survival import offer
 
 if TYPE_CHECKING:
     from epdistill.robustness.journal import Journal
@@ -140,9 +141,9 @@ def unfinished_evaluation(context: Context, out: Path | None) -> Path:
     """
     if out is not None:
         return out
-    from epdistill.robustness.journal import NAME
+    from epdistill.robustness.journal import NAME, begun
 
-    found = list(context.runs.glob(f"*/{NAME}"))
+    found = [path for path in context.runs.glob(f"*/{NAME}") if begun(path.parent)]
     if not found:
         raise EvaluationError(
             f"no unfinished evaluation under {context.runs}; expected one to --resume: name its "
@@ -175,8 +176,27 @@ def open_journal(
             f"--out {out} already holds results, which are never overwritten; expected another "
             "folder: name one, or move this one away"
         )
+    if out is None:
+        _offer(context)
     folder = new_run_folder(out, context.runs, STEM)
-    return folder, Journal.create(folder, header)
+    try:
+        return folder, Journal.create(folder, header)
+    except DiskError:
+        forget(folder)
+        raise
+
+
+def _offer(context: Context) -> None:
+    """Tell of the newest evaluation if it was stopped and nobody goes on with it."""
+    from epdistill.robustness.journal import NAME, begun, in_use
+    from epdistill.robustness.results import JSON_NAME
+
+    found = [path for name in (NAME, JSON_NAME) for path in context.runs.glob(f"*/{name}")]
+    newest = max(found, key=lambda path: (path.stat().st_mtime, path), default=None)
+    if newest is not None and newest.name == NAME:
+        folder = newest.parent
+        if begun(folder) and not in_use(folder):
+            offer(context, "evaluate", folder)
 
 
 def forget(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,28 @@ from typing import Any
 import torch
 
 from epdistill.augment import Augmentation
+from epdistill.checkpoints import forget_checkpoints
 from epdistill.data import DataSet, describe, to_float
-from epdistill.errors import RecipeError, RunError
+from epdistill.errors import DiskError, RecipeError, RunError
 from epdistill.loading import load_teacher
 from epdistill.recipes import Recipe
 from epdistill.recipes.loading import validate
 from epdistill.runs import (
     CARD,
     CONFIG,
+    FILES,
     FORMAT_VERSION,
+    METRICS,
     Run,
     atomic_write,
+    digests_of,
     new_run_folder,
     newest_run,
     open_run,
     save_weights,
     write_json,
 )
-from epdistill.training import STATE, Task, fit
+from epdistill.training import Task, fit
 from epdistill.workflows.cards import card
 from epdistill.workflows.context import (
     Context,
@@ -37,6 +42,7 @@ from epdistill.workflows.context import (
     require_finished,
     unfinished_run,
 )
+from epdistill.workflows.survival import offer_run, training_in
 
 # On how many images the cost of an answer is measured: a relaxation's differs between them.
 FLOPS_IMAGES = 16
@@ -78,6 +84,8 @@ def teach(
     else:
         data = context.load_data(recipe.data, recipe.seed)
         folder, config = None, {}
+        if out is None:
+            offer_run(context, "teacher")
     device = context.torch_device()
     lesson = lesson_for(recipe, data, device, dtype_of(recipe), context.reporter.line)
     if folder is None:
@@ -135,6 +143,8 @@ def distill(
     else:
         source = open_run(teacher, "teacher") if teacher else newest_run(context.runs, "teacher")
         folder, config = None, {}
+        if out is None:
+            offer_run(context, "student")
         if recipe is None:
             recipe = inherit(source.config["recipe"], overrides or {}, str(source.path))
         else:
@@ -156,7 +166,8 @@ def distill(
         folder, config = _open_folder(
             context, out, "student", recipe, data, student.spec.to_dict(), {"teacher": pointer}
         )
-    cache = cache_for(recipe.student, student, master, data, folder)
+    with training_in(folder, "student"):
+        cache = cache_for(recipe.student, student, master, data, folder)
     if cache is not None:
         context.reporter.line(f"{cache.path}: up to {cache.size_bytes / 1e9:.2f} GB of answers")
     task = DistillTask(student, master, recipe, data.validation, cache)
@@ -259,7 +270,13 @@ def _open_folder(
         **extra,
         "environment": environment(),
     }
-    write_json(folder / CONFIG, config)
+    try:
+        write_json(folder / CONFIG, config)
+    except DiskError:  # nothing has begun
+        (folder / CONFIG).unlink(missing_ok=True)
+        with suppress(OSError):  # it may hold other files
+            folder.rmdir()
+        raise
     return folder, config
 
 
@@ -279,18 +296,19 @@ def _train(
     """Run the loop; returns the seconds that this process spent in it."""
     start = time.monotonic()
     source = recipe.data
-    fit(
-        task,
-        data.train,
-        folder,
-        title=title,
-        epochs=epochs,
-        batch_size=batch_size,
-        augmentation=Augmentation(source.crop_padding, source.flip, source.padding_mode),
-        seed=recipe.seed,
-        device=device,
-        reporter=context.reporter,
-    )
+    with training_in(folder, config["kind"]):
+        fit(
+            task,
+            data.train,
+            folder,
+            title=title,
+            epochs=epochs,
+            batch_size=batch_size,
+            augmentation=Augmentation(source.crop_padding, source.flip, source.padding_mode),
+            seed=recipe.seed,
+            device=device,
+            reporter=context.reporter,
+        )
     return time.monotonic() - start
 
 
@@ -298,10 +316,11 @@ def _finish(
     folder: Path, config: dict[str, Any], model: torch.nn.Module, results: dict[str, Any]
 ) -> Trained:
     """Write weights, results and card; the run counts as finished with the last rename."""
-    digest = save_weights(folder, model.state_dict())
-    config = {**config, "finished": now(), "weights_sha256": digest, "results": results}
-    run = Run(folder, config)
-    atomic_write(folder / CARD, card(run))
-    write_json(folder / CONFIG, config)
-    (folder / STATE).unlink(missing_ok=True)
-    return Trained(run, results)
+    with training_in(folder, config["kind"]):
+        digest = save_weights(folder, model.state_dict())
+        config = {**config, "finished": now(), "weights_sha256": digest, "results": results}
+        atomic_write(folder / CARD, card(Run(folder, config)))
+        config[FILES] = digests_of(folder, METRICS, CARD)
+        write_json(folder / CONFIG, config)
+        forget_checkpoints(folder)
+    return Trained(Run(folder, config), results)

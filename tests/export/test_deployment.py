@@ -21,6 +21,7 @@ from epdistill.export.reduced import Reduced
 from epdistill.export.runtime import OnnxClassifier
 from epdistill.loading import load_epcnn, load_student
 from epdistill.runs import open_run, write_json
+from epdistill.sealed import read_sealed
 from epdistill.workflows.measured import newest_robustness
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -149,7 +150,8 @@ def test_all_precisions_of_a_student(work: Path, epd: Call) -> None:
         manifest = json.loads(Path(file["manifest"]).read_text())
         assert not unknown(manifest, known)
         assert file["figures"] == manifest["figures"]
-    top = {key for key in known if "." not in key} - {"metadata", "format_version"}
+    aside = {"metadata", "format_version", "files_sha256", "self_sha256"}
+    top = {key for key in known if "." not in key} - aside
     assert top - {"classes", "image_shape"} <= done.keys()
     printed = documented("export.md", "`epdistill export --json`")
     assert done.keys() == {key for key in printed if "." not in key}
@@ -216,7 +218,7 @@ def test_bench_times_everybody_under_documented_keys(work: Path, epd: Call) -> N
     done = epd("export", "--int8", "--max-drop", "5")
     content = epd("bench", "--rounds", "3", "--threads", "1", "--no-compile")
     folder = Path(content.pop("bench")).parent
-    assert content == json.loads((folder / "bench.json").read_text())
+    assert content == read_sealed(folder / "bench.json")
     assert content["hardware"]["torch_threads"] == 1
     assert {row["name"] for row in content["rows"]} == {
         "teacher, published 250 sweeps", "teacher, relaxed to tolerance", "student, torch",

@@ -37,6 +37,7 @@ from epdistill.export.reduced import (
     ship,
 )
 from epdistill.export.runtime import OnnxClassifier
+from epdistill.sealed import read_sealed
 
 SHAPE = (1, 8, 8)
 CLASSES = tuple(str(digit) for digit in range(10))
@@ -251,8 +252,8 @@ def test_a_teacher_and_a_file_without_manifest_are_refused(exported: Path, tmp_p
     alone.write_bytes(exported.read_bytes())
     with pytest.raises(ExportError, match="manifest"):
         read_source(alone)
-    beside = manifest_path(exported).read_text().replace('"kind": "student"', '"kind": "teacher"')
-    manifest_path(alone).write_text(beside)
+    beside = {**read_sealed(manifest_path(exported)), "kind": "teacher"}
+    manifest_path(alone).write_text(json.dumps(beside))
     with pytest.raises(ExportError, match="distill a student"):
         read_source(alone)
 
@@ -274,7 +275,7 @@ def test_calibration_images_are_drawn_by_the_seed() -> None:
 
 
 def test_old_manifests_speak_of_float32_students(exported: Path, tmp_path: Path) -> None:
-    content = json.loads(manifest_path(exported).read_text())
+    content = read_sealed(manifest_path(exported))
     for key in ("kind", "precision", "figures"):
         del content[key]
     path = tmp_path / "m.json"

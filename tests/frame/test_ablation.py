@@ -22,6 +22,7 @@ from epdistill.errors import RecipeError, RunError
 from epdistill.recipes import AblateRecipe, Recipe, load_recipe
 from epdistill.robustness.paper import TABLE_L2, TABLE_LINF
 from epdistill.runs import open_run
+from epdistill.sealed import read_sealed
 from epdistill.students.distill import DistillTask
 from epdistill.workflows.ablation import Ablated, Asked, ablate
 from epdistill.workflows.ablation_plan import NAMES, Plan, plan_for
@@ -225,7 +226,7 @@ def test_mistakes_are_told_before_training(
 
 def test_the_table_says_what_the_evaluations_say(straight: Ablated, base: Recipe):
     content = straight.content
-    assert content == json.loads((straight.folder / "ablation.json").read_text())
+    assert content == read_sealed(straight.folder / "ablation.json")
     assert content["complete"] and not content["failed"]
     rows = {row["row"]: row for row in content["rows"]}
     assert list(rows) == list(ROWS)

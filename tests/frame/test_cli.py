@@ -474,6 +474,10 @@ def test_changed_images_are_noticed(work: Path, epd: Call) -> None:
     config = json.loads(path.read_text())
     config["data"]["test_sha256"] = "0" * 64
     path.write_text(json.dumps(config))
+    refused(epd("export", str(path.parent)), "config.json is damaged", "self_sha256", "edited")
+    # Whoever edits by hand takes the checksum out.
+    del config["self_sha256"]
+    path.write_text(json.dumps(config))
     refused(epd("export"), "other test images")
 
 

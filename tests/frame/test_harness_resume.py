@@ -191,9 +191,14 @@ def test_what_cannot_be_resumed(tmp_path: Path):
     refused("another process is writing", lambda: Journal.resume(tmp_path, HEADER))
     journal.close()
     whole = (tmp_path / NAME).read_bytes()
-    for damaged in (b"", whole[:-9], b"\xff" + whole):
-        (tmp_path / NAME).write_bytes(damaged)
-        refused("first line of .* is damaged", lambda: Journal.resume(tmp_path, HEADER))
+    (tmp_path / NAME).write_bytes(b"\xff" + whole)
+    refused("first line of .* is damaged", lambda: Journal.resume(tmp_path, HEADER))
+    # Killed before the first line was on the disk: there is nothing to resume, nor in the way.
+    for begun in (b"", whole[:-9]):
+        (tmp_path / NAME).write_bytes(begun)
+        refused("stopped before its first line", lambda: Journal.resume(tmp_path, HEADER))
+        Journal.create(tmp_path, HEADER).close()
+        assert (tmp_path / NAME).read_bytes() == whole
     (tmp_path / NAME).write_bytes(whole)
     other = json.loads(json.dumps(HEADER))
     other["settings"]["pgd"]["steps"] = 40

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from epdistill.augment import Augmentation
+from epdistill.checkpoints import PREVIOUS, STATE
 from epdistill.data import DataSet, load
 from epdistill.errors import DivergedError, RunError
 from epdistill.recipes import Recipe, load_recipe
 from epdistill.runs import read_metrics
 from epdistill.students.distill import DistillTask, build_student
 from epdistill.teachers.teach import TeachTask, build_teacher, measure
-from epdistill.training import STATE, Batch, Task, cosine, fit, seed_of
+from epdistill.training import Batch, Task, cosine, fit, seed_of
 
 
 class KilledError(Exception):
@@ -98,13 +99,17 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_rng(
     assert any(value.abs().max() > 0 for value in results[0].values())
 
 
-def test_a_damaged_checkpoint_is_refused(data: DataSet, tmp_path: Path) -> None:
-    train(make("teacher", data), data, tmp_path, epochs=1)
-    path = tmp_path / STATE
+def flip(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(RunError, match="damaged"):
+
+
+def test_two_damaged_checkpoints_are_refused(data: DataSet, tmp_path: Path) -> None:
+    train(make("teacher", data), data, tmp_path, epochs=1)
+    for name in (STATE, PREVIOUS):
+        flip(tmp_path / name)
+    with pytest.raises(RunError, match=r"state\.safetensors is damaged.*previous.*is damaged"):
         train(make("teacher", data), data, tmp_path, epochs=2)
 
 
