@@ -15,7 +15,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +73,18 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @contextmanager
+    def feed(self, rows: Iterable[Tensor]) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """Batch after batch while a `with` lasts.
+
+        Args:
+            rows: The images' numbers in each batch, (N,) int64.
+
+        Yields:
+            An iterator of those numbers and the images, uint8 (N, C, H, W).
+        """
+        yield ((pick, self.images[pick]) for pick in rows)
 
     def to(self, device: torch.device | str) -> Split:
         """The same split on a device."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from epdistill.data import DataSet, Split, to_float
+from epdistill.distributed import ALONE, Team
 from epdistill.errors import RecipeError
 from epdistill.recipes import Recipe
 from epdistill.recipes.schema import StudentRecipe
@@ -139,6 +140,15 @@ def cache_for(
     )
 
 
+class _Learnt(NamedTuple):
+    """A loss, of how many images it is the mean, its parts, and what is counted per image."""
+
+    loss: Tensor
+    count: int
+    parts: dict[str, float]
+    values: dict[str, float]
+
+
 class DistillTask:
     """A student's training as a task of the training loop.
 
@@ -148,6 +158,7 @@ class DistillTask:
         recipe: Losses, inputs, rates.
         validation: What is measured after each epoch.
         cache: Answers to replayed views.
+        team: The processes that share out every batch.
     """
 
     def __init__(
@@ -157,7 +168,9 @@ class DistillTask:
         recipe: Recipe,
         validation: Split,
         cache: ViewCache | None = None,
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
         self.student, self.teacher, self.validation = student, teacher, validation
         self.recipe, self.cache = recipe.student, cache
         self.matching = Matching(
@@ -191,20 +204,24 @@ class DistillTask:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate * min(factor, 1.0)
 
-    def _place(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _place(self, batch: Batch) -> Tensor:
         """The images as both sides see them, but for adversarial steps."""
+        images, generator, shard = batch.images, batch.generator, batch.shard
         if self.recipe.inputs == "corruption":
-            return corrupted(images, self.recipe.corruptions, generator)
-        return noisy(images, self.recipe.inputs, self.recipe.noise_std, generator)
+            # A type is drawn per quarter of the batch and may draw what it likes: the whole
+            # batch is corrupted in every process.
+            whole = self.team.gather(images, shard)
+            return corrupted(whole, self.recipe.corruptions, generator)[shard.rows]
+        return noisy(images, self.recipe.inputs, self.recipe.noise_std, generator, shard)
 
     def _ask(self, batch: Batch) -> tuple[Tensor, Targets]:
         """The placed images and the teacher's answer to them."""
         if self.cache is None:
-            images = self._place(batch.images, batch.generator)
+            images = self._place(batch)
             return images, self.teacher.targets(images)
 
         def fresh(places: Tensor) -> Tensor:
-            return self._place(batch.images, batch.generator)[places]
+            return self._place(batch)[places]
 
         images, goal = self.cache.fetch(batch.epoch % self.cache.views, batch.index, fresh)
         device = batch.images.device
@@ -213,7 +230,7 @@ class DistillTask:
         return images.to(device), Targets(states, goal.logits.to(device), settled, goal.sweeps)
 
     def _search(
-        self, loss: Callable[[Tensor], Tensor], images: Tensor, generator: torch.Generator
+        self, loss: Callable[[Tensor], Tensor], images: Tensor, batch: Batch
     ) -> Tensor:
         """Where the loss of the student, in eval mode, is largest around the images."""
         own = self.recipe
@@ -224,7 +241,8 @@ class DistillTask:
             own.adversarial_norm,
             own.adversarial_eps,
             own.adversarial_steps,
-            generator,
+            batch.generator,
+            batch.shard,
         )
         self.student.train()
         return found
@@ -236,56 +254,71 @@ class DistillTask:
         # What layers draw for themselves (dropout, stochastic depth, a stochastic teacher).
         devices = [batch.images.device] if batch.images.is_cuda else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=batch.generator)))
+            drawn = int(torch.randint(2**62, (), generator=batch.generator))
+            # Two processes must not draw the same noise for different images.
+            torch.manual_seed(drawn if self.team.first else seed_of(drawn, self.team.rank))
             supervised = self.recipe.loss == "ce"
-            loss, values = self._supervised(batch) if supervised else self._distilled(batch)
+            learnt = self._supervised(batch) if supervised else self._distilled(batch)
             self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            learnt.loss.backward()  # type: ignore[no-untyped-call]
+        # The clip is for the gradient of the global batch.
+        self.team.average_gradients(self.student.parameters(), learnt.count)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.gradient_clip)
         self.optimiser.step()
-        return {"loss": float(loss.detach()), **values}
+        self.team.share_buffers(self.student)
+        parts = {"loss": float(learnt.loss.detach()), **learnt.parts}
+        return {
+            **self.team.mean(parts, learnt.count),
+            **self.team.mean(learnt.values, len(batch.labels)),
+        }
 
-    def _supervised(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        images, labels = self._place(batch.images, batch.generator), batch.labels
+    def _supervised(self, batch: Batch) -> _Learnt:
+        images, labels = self._place(batch), batch.labels
         if self.recipe.inputs == "adversarial":
-            images = self._search(
-                lambda x: F.cross_entropy(self.student(x), labels), images, batch.generator
-            )
+            images = self._search(lambda x: F.cross_entropy(self.student(x), labels), images, batch)
         logits = self.student(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
-        return loss, {"accuracy": float((logits.argmax(1) == labels).double().mean())}
+        accuracy = float((logits.argmax(1) == labels).double().mean())
+        return _Learnt(loss, len(labels), {}, {"accuracy": accuracy})
 
-    def _distilled(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def _distilled(self, batch: Batch) -> _Learnt:
         images, goal = self._ask(batch)
         spent = [goal.sweeps]
         if self.recipe.inputs == "adversarial":
             # The teacher's answer is held while the student is searched.
-            images = self._search(lambda x: self._loss(x, goal)[0].total, images, batch.generator)
+            images = self._search(lambda x: self._loss(x, goal)[0].total, images, batch)
             if self.recipe.adversarial_targets == "there":
                 goal = self.teacher.targets(images)
                 spent.append(goal.sweeps)
         loss, logits = self._loss(images, goal)
+        parts = {"states": float(loss.states), "kl": float(loss.logits)}
         values = {
-            "states": float(loss.states),
-            "kl": float(loss.logits),
             "accuracy": float((logits.argmax(1) == batch.labels).double().mean()),
             "settled": float(goal.settled.double().mean()),
         }
         sweeps = [float(s.double().mean()) for s in spent if s is not None]
-        return loss.total, {**values, "sweeps": sum(sweeps)} if sweeps else values
+        if sweeps:
+            values["sweeps"] = sum(sweeps)
+        return _Learnt(loss.total, int(goal.settled.sum()), parts, values)
 
     def _loss(self, images: Tensor, goal: Targets) -> tuple[Loss, Tensor]:
         landed, logits = self.student.match(images)
         states = goal.states[len(goal.states) - len(landed) :]
         theirs = [state.to(logits.dtype) for state in states]
         loss = matching_loss(
-            landed, logits, theirs, goal.logits.to(logits.dtype), goal.settled, self.matching
+            landed,
+            logits,
+            theirs,
+            goal.logits.to(logits.dtype),
+            goal.settled,
+            self.matching,
+            self.team,
         )
         return loss, logits
 
     def validate(self) -> dict[str, float]:
         """Accuracy, agreement and mean R^2 on the validation split."""
-        found = measure(self.student, self.teacher, self.validation)
+        found = measure(self.student, self.teacher, self.validation, team=self.team)
         values = {"accuracy": found.accuracy, "agreement": found.agreement}
         return values if found.mean_r2 is None else {**values, "r2": found.mean_r2}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -18,4 +19,13 @@ def main() -> None:
         except KeyboardInterrupt as error:  # before a command took over
             raise InterruptedByUserError from error
     except EpdistillError as error:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            from epdistill.launch import speaks
+
+            if speaks():
+                fail(str(error), error.exit_code)
+            # Without the ceremonies of an orderly end: they would wait for the others.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(fail(str(error), error.exit_code))

@@ -160,7 +160,7 @@ def teach(
         precision=precision,
     )  # fmt: skip
     overrides["teacher.rule"] = rule
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, together=True)
     trained = work(load_recipe(source, overrides), context, out=out, resume=resume)
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
@@ -242,7 +242,7 @@ def distill(
         "student.epochs": epochs,
         "seed": seed,
     }
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, together=True)
     chosen = load_recipe(recipe) if recipe else None
     trained = work(chosen, context, teacher=teacher, out=out, resume=resume, overrides=overrides)
     if json:
@@ -292,7 +292,7 @@ def evaluate(
     from epdistill.workflows.request import Asked
 
     asked = Asked((), suite, limit, subset, seed, diagnose or None, corruptions)
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, together=True)
     done = work(models or [], context, asked=asked, out=out, resume=resume)
     if json:
         rows = [

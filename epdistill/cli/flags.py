@@ -42,12 +42,41 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stand
 RUNS = Path("runs")
 
 
-def context_of(runs: Path, root: Path | None, download: bool, device: str, quiet: bool) -> Context:
-    """The context that the shared flags ask for."""
+def context_of(
+    runs: Path,
+    root: Path | None,
+    download: bool,
+    device: str,
+    quiet: bool,
+    *,
+    together: bool = False,
+) -> Context:
+    """The context that the shared flags ask for.
+
+    Args:
+        runs: Folder of all runs.
+        root: Where downloaded data sets lie.
+        download: Whether a missing one may be fetched.
+        device: As the flag.
+        quiet: As the flag.
+        together: Whether the command can be shared out over torchrun's processes.
+
+    Raises:
+        RecipeError: It cannot, and torchrun has started several.
+    """
     from epdistill.console import Reporter
+    from epdistill.errors import RecipeError
+    from epdistill.launch import join, local_device, wanted
     from epdistill.workflows.context import Context
 
-    return Context(runs, root, download, device, Reporter(quiet=quiet))
+    if wanted() > 1 and not together:
+        raise RecipeError(
+            f"{wanted()} processes for a command that one does; expected torchrun with teach, "
+            "distill or evaluate: start the others without it"
+        )
+    team = join()
+    reporter = Reporter(quiet=quiet or not team.first)
+    return Context(runs, root, download, local_device(device), reporter, team)
 
 
 def overrides_of(section: str, **values: Any) -> dict[str, Any]:

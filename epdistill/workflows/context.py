@@ -13,6 +13,7 @@ import torch
 from epdistill import __version__
 from epdistill.console import Reporter
 from epdistill.data import DataSet, describe, load
+from epdistill.distributed import ALONE, Team
 from epdistill.errors import RecipeError, RunError
 from epdistill.memory import keep_freed_memory
 from epdistill.recipes import DataRecipe
@@ -31,6 +32,7 @@ class Context:
         download: Whether a missing data set may be fetched.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         reporter: Where progress goes.
+        team: The processes that do the work together; rank 0 writes.
     """
 
     runs: Path = DEFAULT_RUNS
@@ -38,6 +40,7 @@ class Context:
     download: bool = False
     device: str = "auto"
     reporter: Reporter = field(default_factory=Reporter)
+    team: Team = ALONE
 
     def __post_init__(self) -> None:
         keep_freed_memory()
