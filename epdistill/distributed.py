@@ -104,8 +104,8 @@ class Team:
         """Means over the team, each process counting `weight` times; 0 where nobody counts."""
         if self.size == 1:
             return dict(values)
-        numbers = torch.tensor([*(weight * value for value in values.values()), weight]).double()
-        *sums, total = self.sum(numbers).tolist()
+        numbers = [*(weight * value for value in values.values()), weight]
+        *sums, total = self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
         return {name: one / (total or 1.0) for name, one in zip(values, sums, strict=True)}
 
     def gather(self, rows: Tensor, shard: Shard) -> Tensor:

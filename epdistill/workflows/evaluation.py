@@ -19,7 +19,7 @@ from epdistill.workflows.request import (
     Asked,
     chosen_suite,
     forget,
-    open_journal,
+    open_together,
     unfinished_evaluation,
 )
 from epdistill.workflows.subjects import onnx_subject, run_subject
@@ -128,7 +128,7 @@ def evaluate(
         split=chosen,
     )
     header = _header(asked, suite, subjects, split, device, official)
-    folder, journal = open_journal(header, context, out, resumed)
+    folder, journal = open_together(header, context, out, resumed)
     with journal, context.reporter.bar("evaluate", 1) as bar:
         for note in journal.notes:
             context.reporter.line(note)
@@ -147,13 +147,16 @@ def evaluate(
                 journal=journal,
                 diagnose=bool(asked.diagnose),
                 official=official,
+                team=context.team,
             )
         except EpdistillError:
-            if journal.empty:
+            if journal.empty and context.team.first:
                 forget(folder)
             raise
         evaluation = replace(evaluation, split=chosen)
         results = summary(evaluation)
+        if not context.team.first:
+            return Evaluated(folder, results)
         draw(results, folder)
         # results.json comes last: with it the evaluation is complete.
         write_results(evaluation, folder)
