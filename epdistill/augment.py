@@ -89,9 +89,7 @@ def _pad(images: Tensor, padding: int, mode: PaddingMode) -> Tensor:
     return images
 
 
-def random_flip(
-    images: Tensor, generator: torch.Generator, shard: Shard | None = None
-) -> Tensor:
+def random_flip(images: Tensor, generator: torch.Generator, shard: Shard | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2.
 
     Args:

@@ -135,7 +135,7 @@ class Team:
             tail = found[0].new_tensor([*has, weight])
             flat = torch.cat([*(weight * gradient.reshape(-1) for gradient in found), tail])
             summed = self.sum(flat)
-            parts = summed.split([*(p.numel() for p in group), len(group), 1])
+            parts = torch.split(summed, [*(p.numel() for p in group), len(group), 1])
             total = parts[-1].clamp_min(torch.finfo(dtype).tiny)
             for parameter, part, someone in zip(group, parts, parts[-2].tolist(), strict=False):
                 if someone:
@@ -159,7 +159,9 @@ class Team:
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
         with in_touch(self):
             dist.broadcast(flat, 0)
-        for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        for buffer, part in zip(
+            buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True
+        ):
             buffer.copy_(part.view_as(buffer))
 
     def tell(self, content: bytes) -> bytes:
@@ -212,7 +214,7 @@ def synchronised(model: nn.Module, team: Team, device: torch.device) -> nn.Modul
     """
     if team.size == 1 or device.type != "cuda":
         return model
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
 
 

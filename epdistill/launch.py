@@ -10,6 +10,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from epdistill.distributed import ALONE, CONTINUE, Team, in_touch
 from epdistill.errors import LostTouchError
@@ -58,13 +59,11 @@ def join() -> Team:
         return _present
     team = Team(int(os.environ["RANK"]), wanted())
     with in_touch(team):
-        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
-        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
     signal.signal(signal.SIGTERM, _stop)
     _present = Team(rank, size, store)

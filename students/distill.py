@@ -144,7 +144,7 @@ class _Learnt(NamedTuple):
     """A loss, of how many images it is the mean, its parts, and what is counted per image."""
 
     loss: Tensor
-    count: int
+    images: int
     parts: dict[str, float]
     values: dict[str, float]
 
@@ -229,9 +229,7 @@ class DistillTask:
         settled = goal.settled.to(device)
         return images.to(device), Targets(states, goal.logits.to(device), settled, goal.sweeps)
 
-    def _search(
-        self, loss: Callable[[Tensor], Tensor], images: Tensor, batch: Batch
-    ) -> Tensor:
+    def _search(self, loss: Callable[[Tensor], Tensor], images: Tensor, batch: Batch) -> Tensor:
         """Where the loss of the student, in eval mode, is largest around the images."""
         own = self.recipe
         self.student.eval()
@@ -262,13 +260,13 @@ class DistillTask:
             self.optimiser.zero_grad(set_to_none=True)
             learnt.loss.backward()  # type: ignore[no-untyped-call]
         # The clip is for the gradient of the global batch.
-        self.team.average_gradients(self.student.parameters(), learnt.count)
+        self.team.average_gradients(self.student.parameters(), learnt.images)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.gradient_clip)
         self.optimiser.step()
         self.team.share_buffers(self.student)
         parts = {"loss": float(learnt.loss.detach()), **learnt.parts}
         return {
-            **self.team.mean(parts, learnt.count),
+            **self.team.mean(parts, learnt.images),
             **self.team.mean(learnt.values, len(batch.labels)),
         }
 

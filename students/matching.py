@@ -57,7 +57,8 @@ def _mean(values: Tensor, team: Team) -> Tensor:
         return values.mean()
     count = torch.tensor(values.numel(), dtype=values.dtype, device=values.device)
     total, everything = team.sum(torch.stack([values.sum(), count]))
-    return total / everything.clamp_min(1)
+    mean: Tensor = total / everything.clamp_min(1)
+    return mean
 
 
 def mse_over_variance(landed: Tensor, goal: Tensor, team: Team = ALONE) -> Tensor:
@@ -70,7 +71,8 @@ def mse_over_variance(landed: Tensor, goal: Tensor, team: Team = ALONE) -> Tenso
     else:
         variance = _mean((goal - _mean(goal, team)).square(), team)
     error = F.mse_loss(landed, goal) if len(goal) else landed.sum()
-    return error / variance.clamp_min(VARIANCE_FLOOR)
+    found: Tensor = error / variance.clamp_min(VARIANCE_FLOOR)
+    return found
 
 
 def bce_over_entropy(landed: Tensor, goal: Tensor, team: Team = ALONE) -> Tensor:

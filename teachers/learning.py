@@ -187,7 +187,8 @@ def tipped_weights(
     if settled in (0, count):
         return None
     if treatment == "exclude":
-        return (~tipped).to(span.dtype) * (count / settled)
+        shares: Tensor = (~tipped).to(span.dtype) * (count / settled)
+        return shares
     longest = team.max(torch.where(tipped, 0.0, span).max())
     shorter = (longest / span.clamp_min(torch.finfo(span.dtype).tiny)).clamp(max=1.0)
     return torch.where(tipped, shorter, torch.ones_like(span))

@@ -28,6 +28,8 @@ from epdistill.cli.flags import (
     RunsFlag,
     SeedFlag,
     SizeFlag,
+    StreamFlag,
+    WorkersFlag,
     context_of,
     overrides_of,
     recipe_for,
@@ -134,6 +136,8 @@ def teach(
     data_root: RootFlag = None,
     download: DownloadFlag = False,
     image_size: SizeFlag = None,
+    stream: StreamFlag = None,
+    workers: WorkersFlag = None,
     epochs: EpochsFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = "auto",
@@ -157,7 +161,7 @@ def teach(
     overrides = overrides_of(
         section_of(chosen),
         model=model, data=data, image_size=image_size, epochs=epochs, seed=seed,
-        precision=precision,
+        precision=precision, stream=stream, workers=workers,
     )  # fmt: skip
     overrides["teacher.rule"] = rule
     context = context_of(runs, data_root, download, device, quiet, together=True)
@@ -213,6 +217,8 @@ def distill(
         ),
     ] = None,
     recipe: RecipeFlag = None,
+    stream: StreamFlag = None,
+    workers: WorkersFlag = None,
     data_root: RootFlag = None,
     download: DownloadFlag = False,
     epochs: EpochsFlag = None,
@@ -240,6 +246,8 @@ def distill(
         "student.inputs": inputs,
         "student.cached_views": cached_views,
         "student.epochs": epochs,
+        "data.stream": stream,
+        "data.workers": workers,
         "seed": seed,
     }
     context = context_of(runs, data_root, download, device, quiet, together=True)

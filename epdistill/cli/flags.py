@@ -26,6 +26,17 @@ DownloadFlag = Annotated[bool, typer.Option("--download", help="Fetch the data s
 SizeFlag = Annotated[
     int | None, typer.Option("--image-size", help="Resize the images of a folder to this side.")
 ]
+StreamFlag = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--in-memory",
+        help="Decode a folder's images when needed; by itself if they fill a quarter of memory.",
+        show_default=False,
+    ),
+]
+WorkersFlag = Annotated[
+    int | None, typer.Option("--workers", min=0, help="Processes that decode streamed images.")
+]
 EpochsFlag = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data.")]
 SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
 DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -81,7 +92,8 @@ def context_of(
 
 def overrides_of(section: str, **values: Any) -> dict[str, Any]:
     """Flags as recipe keys; the shared ones keep their place."""
-    places = {"epochs": f"{section}.epochs", "data": "data.name", "image_size": "data.image_size"}
+    places = {"epochs": f"{section}.epochs", "data": "data.name"}
+    places |= {name: f"data.{name}" for name in ("image_size", "stream", "workers")}
     return {places.get(name, name): value for name, value in values.items()}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from epdistill.data import Images
 from epdistill.distributed import ALONE, Team
 from epdistill.errors import EvaluationError
 from epdistill.robustness.attacking import (
@@ -40,7 +41,7 @@ DIAGNOSED = 64
 
 def evaluate(
     subjects: Sequence[Subject],
-    images: Tensor,  # (N,C,H,W) uint8
+    images: Images,  # (N,C,H,W) uint8
     labels: Tensor,  # (N,) int64
     *,
     suite: str | QuickSuite = "quick",
@@ -213,7 +214,7 @@ def _work(
 
 def _check_arguments(
     subjects: Sequence[Subject],
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     limit: int | None,
     subset: str,

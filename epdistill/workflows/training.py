@@ -143,7 +143,7 @@ def distill(
             recipe = inherit(given, overrides or {}, recipe.name)
         recipe = _on_data_of(recipe, source)
     require_finished(source)
-    data = context.data_of(source)
+    data = context.data_of(source, recipe.data)
     device = context.torch_device()
     master = load_teacher(source).to(device)
     check(recipe.student, master, data)

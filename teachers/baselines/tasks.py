@@ -132,7 +132,8 @@ class BaselineTask:
 
     def validate(self) -> dict[str, float]:
         """Accuracy on the validation split."""
-        return {"accuracy": measure(self.model, self.validation, self.seed, team=self.team).accuracy}
+        found = measure(self.model, self.validation, self.seed, team=self.team)
+        return {"accuracy": found.accuracy}
 
     def state(self) -> dict[str, Tensor]:
         """Weights, buffers and what the optimiser remembers."""
