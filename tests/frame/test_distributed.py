@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from epdistill.augment import Augmentation
 from epdistill.distributed import ALONE, Shard, Team
 from epdistill.errors import RecipeError
+from epdistill.robustness.journal import NAME
 from epdistill.runs import read_metrics
 from epdistill.students.inputs import climb, noisy
 from epdistill.students.matching import Matching, matching_loss
@@ -32,6 +33,7 @@ from epdistill.teachers.learning import tipped_weights
 from epdistill.training import STATE, generator_of
 
 WORKER = Path(__file__).with_name("team_worker.py")
+HARNESS = Path(__file__).with_name("team_harness.py")
 NET = {"teacher.channels": [8, 16], "student.name": "cnn", "student.width": 8}
 # Settled to the last digit, with a beta at which no image of this net tips.
 EP = {
@@ -67,12 +69,17 @@ def threads(work: Callable[[Team], Any], size: int = 2) -> list[Any]:
 
 
 def launch(order: dict[str, Any], out: Path, size: int) -> list[subprocess.CompletedProcess[str]]:
-    """Start `size` ranks and wait for all of them."""
+    """Start `size` ranks of the worker and wait for all of them."""
     out.mkdir(exist_ok=True)
+    return start([str(WORKER), json.dumps({**order, "out": str(out)})], size)
+
+
+def start(program: list[str], size: int) -> list[subprocess.CompletedProcess[str]]:
+    """Start `size` ranks of a program and wait for all of them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-P", str(WORKER), json.dumps({**order, "out": str(out)})]
+    command = [sys.executable, "-P", *program]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}
     common["MASTER_PORT"] = str(port)
     started = [
@@ -225,6 +232,41 @@ def test_what_fails_in_all_ranks_is_said_once(tmp_path: Path) -> None:
     said = "".join(process.stderr for process in ended)
     assert said.count("a batch of 1 for 2 processes") == 1
     assert "Traceback" not in said
+
+
+def harness(out: Path, size: int) -> list[dict[str, Any]]:
+    """What every rank knows at the end of an evaluation."""
+    out.mkdir(exist_ok=True)
+    for ended in start([str(HARNESS), str(out)], size):
+        assert ended.returncode == 0, ended.stderr
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(size)]
+
+
+@pytest.mark.slow
+def test_a_team_evaluates_as_one_process(tmp_path: Path) -> None:
+    (alone,) = harness(tmp_path / "one", 1)
+    calls = []
+    for size in (2, 3):
+        found = harness(tmp_path / str(size), size)
+        for rank in found:
+            assert rank["folder"] == str(tmp_path / str(size) / "results")
+            assert rank["csv"] == alone["csv"] and rank["summary"] == alone["summary"]
+        calls.append([rank["calls"] for rank in found])
+    # Every process has done a part of the work.
+    assert all(0.1 * alone["calls"] < some < 0.8 * alone["calls"] for some in calls[0])
+    journals = [
+        sorted((tmp_path / where / "results" / NAME).read_bytes().splitlines())
+        for where in ("one", "2", "3")
+    ]
+    assert journals[0] == journals[1] == journals[2]
+
+    # Killed half way, it goes on with another number of processes.
+    path = tmp_path / "3" / "results" / NAME
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    again = harness(tmp_path / "3", 2)
+    assert all(rank["summary"] == alone["summary"] for rank in again)
+    assert sum(rank["calls"] for rank in again) < 0.8 * sum(calls[0])
 
 
 def test_shards_cover_a_batch() -> None:
