@@ -11,6 +11,7 @@ everything here does nothing and costs nothing.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -200,6 +201,12 @@ class Team:
             return bool(self.store.add("failed", 1) == 1)
         except (RuntimeError, OSError):  # whoever kept the store is gone, and may have been killed
             return True
+
+    def linger(self, seconds: float) -> None:
+        """Rank 0, before it ends: wait until all have asked who is the first to fail."""
+        end = time.monotonic() + seconds
+        while self.first and time.monotonic() < end and self.store.add("failed", 0) < self.size:
+            time.sleep(0.05)
 
 
 ALONE = Team()

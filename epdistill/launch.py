@@ -18,6 +18,8 @@ from epdistill.errors import LostTouchError
 # A process that dies closes its sockets, which the others see at once. This is for a
 # machine that vanishes without a word; rank 0 may work alone for a while.
 PATIENCE = timedelta(hours=2)
+# Without torchrun, rank 0 keeps the notes: so long it waits for the others to read them.
+FAREWELL = 5.0
 _present = ALONE
 
 
@@ -35,7 +37,10 @@ def speaks() -> bool:
     """Whether this process is the one to say why the job ends."""
     if wanted() > 1 and _present.size == 1:  # what fails before they meet fails in all of them
         return os.environ["RANK"] == "0"
-    return _present.first_to_fail()
+    speaking = _present.first_to_fail()
+    if _present.size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _present.linger(FAREWELL)
+    return speaking
 
 
 def local_device(kind: str) -> str:

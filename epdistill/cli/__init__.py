@@ -11,6 +11,10 @@ def main() -> None:
     from epdistill.cli.output import fail
     from epdistill.errors import EpdistillError, InterruptedByUserError
 
+    together = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if together:
+        # torch's own remarks, with stack traces, on a process that has gone; ours is one line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         try:
             from epdistill.cli.app import app
@@ -19,7 +23,7 @@ def main() -> None:
         except KeyboardInterrupt as error:  # before a command took over
             raise InterruptedByUserError from error
     except EpdistillError as error:
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        if together:
             from epdistill.launch import speaks
 
             if speaks():
