@@ -1,6 +1,7 @@
 """Where images come from: scikit-learn's digits, torchvision's sets, the user's folders.
 
-Each reader returns `Raw`: whole arrays in memory, before any split is drawn.
+Each reader returns `Raw`, before any split is drawn: whole arrays in memory, or of a
+large folder its files.
 Everything that decodes or resizes goes through `epdistill.images`.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from epdistill.errors import DataError
 from epdistill.images import SUFFIXES, decode, fit, read_bytes, read_header, to_pixels
+from epdistill.streaming import Files, Stream, too_large
 
 TORCHVISION = {
     "mnist": "MNIST",
@@ -37,15 +39,15 @@ class Raw(NamedTuple):
 
     Attributes:
         classes: Names; label i means `classes[i]`.
-        train: uint8 images (N, C, H, W) and int64 labels (N,).
+        train: uint8 images (N, C, H, W), or files that hold them, and int64 labels (N,).
         test: The official test set, or None where the source has none.
         keys: One digest of the content per training image where `test` is None
             (from these the fixed test set is drawn), else empty.
     """
 
     classes: tuple[str, ...]
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor] | None
+    train: tuple[Tensor | Files, Tensor]
+    test: tuple[Tensor | Files, Tensor] | None
     keys: tuple[bytes, ...] = ()
 
 
@@ -142,7 +144,9 @@ def _official_arrays(part: Any, classes: tuple[str, ...]) -> tuple[Tensor, Tenso
     return images.contiguous(), labels.to(torch.int64)
 
 
-def read_folder(path: Path, image_size: int | None) -> Raw:
+def read_folder(
+    path: Path, image_size: int | None, stream: Stream = False, workers: int = 2
+) -> Raw:
     """Read `PATH/<class>/*.png`, or `PATH/train/<class>` and `PATH/test/<class>`.
 
     Every image is decoded once (see `epdistill.images.decode`) and made grey if
@@ -153,6 +157,8 @@ def read_folder(path: Path, image_size: int | None) -> Raw:
         path: The folder.
         image_size: Side in pixels to which the centre square is resized; None
             where all images are squares of one size.
+        stream: Leave the images on disk; `auto` decides by their size in memory.
+        workers: Processes that then decode ahead.
 
     Raises:
         DataError: No folder, fewer than two classes, an empty class, a broken
@@ -183,12 +189,22 @@ def read_folder(path: Path, image_size: int | None) -> Raw:
     headers = [read_header(file) for file, _ in [*train, *test]]
     channels = 1 if all(grey for grey, _ in headers) else 3
     size = image_size or _common_size(path, [shape for _, shape in headers])
-    train_images, keys = _decode_all([file for file, _ in train], channels, size)
     train_labels = torch.tensor([label for _, label in train])
+    test_labels = torch.tensor([label for _, label in test])
+    train_images: Tensor | Files
+    test_images: Tensor | Files
+    pixels = (len(train) + len(test)) * channels * size * size
+    if stream is True or (stream == "auto" and too_large(pixels)):
+        train_images, test_images = (
+            Files(tuple(file for file, _ in part), channels, size, workers)
+            for part in (train, test)
+        )
+        keys = () if test else tuple(hashlib.sha256(read_bytes(file)).digest() for file, _ in train)
+    else:
+        train_images, keys = _decode_all([file for file, _ in train], channels, size)
+        test_images, _ = _decode_all([file for file, _ in test], channels, size)
     if not test:
         return Raw(classes, (train_images, train_labels), None, keys)
-    test_images, _ = _decode_all([file for file, _ in test], channels, size)
-    test_labels = torch.tensor([label for _, label in test])
     return Raw(classes, (train_images, train_labels), (test_images, test_labels))
 
 

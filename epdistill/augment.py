@@ -3,7 +3,9 @@
 Nothing here reads or changes the global random state: the state of the generator
 alone reproduces an augmentation. Numbers are drawn on the generator's device and
 moved to the images', so a CPU generator gives the same crops and flips on every
-device. Pixels are only moved, never mixed: any dtype goes in and comes out.
+device. For a shard of a batch, the whole batch's numbers are drawn and the shard's
+are used: however a batch is divided, its images come out the same. Pixels are only
+moved, never mixed: any dtype goes in and comes out.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from epdistill.distributed import Shard
 from epdistill.errors import RecipeError
 
 PaddingMode = Literal["reflect", "edge", "zeros"]
@@ -28,7 +31,11 @@ def _check(padding: int, mode: str) -> None:
 
 
 def random_crop(
-    images: Tensor, padding: int, generator: torch.Generator, mode: PaddingMode = "reflect"
+    images: Tensor,
+    padding: int,
+    generator: torch.Generator,
+    mode: PaddingMode = "reflect",
+    shard: Shard | None = None,
 ) -> Tensor:
     """Pad every image on all sides and cut a window of the old size at a random place.
 
@@ -40,6 +47,7 @@ def random_crop(
         generator: The source of the offsets.
         mode: What lies outside: "reflect" (mirrored without repeating the border),
             "edge" (the border repeated) or "zeros".
+        shard: Which rows of a batch the images are; the whole of it without.
 
     Returns:
         (N, C, H, W), same dtype and device.
@@ -57,10 +65,11 @@ def random_crop(
         )
     if padding == 0:
         return images
+    shard = shard or Shard(0, count, count)
     draws = torch.randint(
-        0, 2 * padding + 1, (2, count), generator=generator, device=generator.device
+        0, 2 * padding + 1, (2, shard.count), generator=generator, device=generator.device
     )
-    top, left = draws.to(images.device)
+    top, left = draws[:, shard.rows].to(images.device)
     padded = _pad(images, padding, mode)
     # All windows (N, C, 2 padding + 1, 2 padding + 1, H, W) as a view; one per image is copied.
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
@@ -80,18 +89,20 @@ def _pad(images: Tensor, padding: int, mode: PaddingMode) -> Tensor:
     return images
 
 
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_flip(images: Tensor, generator: torch.Generator, shard: Shard | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2.
 
     Args:
         images: (N, C, H, W), any dtype.
-        generator: The source of the N coins.
+        generator: The source of the coins, one per image of the batch.
+        shard: Which rows of a batch the images are; the whole of it without.
 
     Returns:
         (N, C, H, W), same dtype and device.
     """
-    coins = torch.randint(0, 2, (len(images),), generator=generator, device=generator.device)
-    flipped = coins.to(images.device, torch.bool)[:, None, None, None]
+    shard = shard or Shard(0, len(images), len(images))
+    coins = torch.randint(0, 2, (shard.count,), generator=generator, device=generator.device)
+    flipped = coins[shard.rows].to(images.device, torch.bool)[:, None, None, None]
     return torch.where(flipped, images.flip(3), images)
 
 
@@ -112,7 +123,9 @@ class Augmentation:
     def __post_init__(self) -> None:
         _check(self.crop_padding, self.padding_mode)
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment a batch (N, C, H, W); `generator`'s state alone decides the outcome."""
-        images = random_crop(images, self.crop_padding, generator, self.padding_mode)
-        return random_flip(images, generator) if self.flip else images
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, shard: Shard | None = None
+    ) -> Tensor:
+        """Augment a batch (N, C, H, W), or its shard; `generator`'s state alone decides how."""
+        images = random_crop(images, self.crop_padding, generator, self.padding_mode, shard)
+        return random_flip(images, generator, shard) if self.flip else images

@@ -1,4 +1,4 @@
-"""Data sets, whole and in memory as uint8: loading, splitting, batching, describing.
+"""Data sets as uint8, in memory or streamed: loading, splitting, batching, describing.
 
     dataset = load("digits")
     for images, labels in batches(dataset.train, 128, generator=generator):
@@ -15,21 +15,24 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from epdistill import _sources
 from epdistill.errors import DataError, RecipeError
+from epdistill.streaming import Files, Stream
 
 __all__ = [
     "NAMES",
     "DataSet",
+    "Images",
     "Split",
     "batches",
     "describe",
@@ -44,18 +47,43 @@ DEFAULT_ROOT = Path("data")
 MIN_SIZE, MAX_SIZE = 8, 224
 TEST_FRACTION = 0.2
 STD_FLOOR = 1 / 255  # one grey level: a constant channel must not divide by zero
+CHUNK = 1024  # images looked at together where a whole split is gone through
+
+
+class Images(Protocol):
+    """Pixels of a split: a tensor, or files that give the same when they are indexed."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C, H, W)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`torch.uint8`."""
+
+    @property
+    def ndim(self) -> int:
+        """4."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where an index gives tensors."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels, in memory.
+    """Images and labels.
 
     Attributes:
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W), in memory or (`Files`) on disk.
         labels: int64 (N,).
     """
 
-    images: Tensor
+    images: Images
     labels: Tensor
 
     def __post_init__(self) -> None:
@@ -73,9 +101,25 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @contextmanager
+    def feed(self, rows: Iterable[Tensor]) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """Batch after batch while a `with` lasts.
+
+        Args:
+            rows: The images' numbers in each batch, (N,) int64.
+
+        Yields:
+            An iterator of those numbers and the images, uint8 (N, C, H, W).
+        """
+        if isinstance(self.images, Files):
+            with self.images.feed(rows) as ahead:
+                yield ahead
+        else:
+            yield ((pick, self.images[pick]) for pick in rows)
+
     def to(self, device: torch.device | str) -> Split:
         """The same split on a device."""
-        return Split(self.images.to(device), self.labels.to(device))
+        return Split(self.images[:].to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +171,13 @@ class DataSet:
     @cached_property
     def _moments(self) -> tuple[tuple[float, float], ...]:
         # Integer sums over a histogram: exact, whatever the order of summation.
+        histograms = [torch.zeros(256, dtype=torch.int64) for _ in range(self.channels)]
+        for part in chunks(self.train.images):
+            for histogram, channel in zip(histograms, part.cpu().unbind(1), strict=True):
+                histogram += torch.bincount(channel.reshape(-1), minlength=256)
         moments = []
-        for channel in self.train.images.unbind(1):
-            counts = torch.bincount(channel.reshape(-1), minlength=256).tolist()
+        for histogram in histograms:
+            counts = histogram.tolist()
             total = sum(counts)
             first = sum(value * count for value, count in enumerate(counts))
             second = sum(value * value * count for value, count in enumerate(counts))
@@ -147,6 +195,8 @@ def load(
     validation_fraction: float = 0.1,
     seed: int = 0,
     limit: int | None = None,
+    stream: Stream = "auto",
+    workers: int = 2,
 ) -> DataSet:
     """Load a data set by name.
 
@@ -176,6 +226,10 @@ def load(
         limit: Keep about the first `limit` training images, in the classes'
             proportions and at least one of each; for quick tries. Smaller limits
             keep a subset of what larger ones keep.
+        stream: Of a folder: leave the images on disk and decode them when they are needed;
+            `auto` does so where they would take more than a quarter of the memory. The
+            images are the same.
+        workers: Processes that then decode ahead of training.
 
     Raises:
         DataError: An unknown name, an argument out of range, or data that are
@@ -187,7 +241,12 @@ def load(
         raise DataError(
             f"validation_fraction is {validation_fraction}; expected more than 0 and less than 1"
         )
-    raw = _read(name, root or DEFAULT_ROOT, download, image_size)
+    if stream is True and not name.startswith(FOLDER):
+        raise DataError(
+            f"data.stream = true for {name}, which is read whole; expected it with {FOLDER}PATH "
+            "alone: leave it away"
+        )
+    raw = _read(name, root or DEFAULT_ROOT, download, image_size, stream, workers)
     height, width = raw.train[0].shape[-2:]
     if image_size is None:
         _check_size(name, width)
@@ -204,7 +263,7 @@ def load(
     if raw.test is None:
         ranking = torch.tensor(sorted(range(len(labels)), key=lambda index: raw.keys[index]))
         chosen, kept = _take_share(labels, ranking, TEST_FRACTION)
-        test_images, test_labels = images[chosen], labels[chosen]
+        test_images, test_labels = _take(images, chosen), labels[chosen]
     else:
         test_images, test_labels = raw.test
     shuffled = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
@@ -216,9 +275,9 @@ def load(
     return DataSet(
         name=name,
         classes=raw.classes,
-        train=Split(_sources.resize(images[train], size), labels[train]),
-        validation=Split(_sources.resize(images[validation], size), labels[validation]),
-        test=Split(_sources.resize(test_images, size), test_labels),
+        train=Split(_resized(_take(images, train), size), labels[train]),
+        validation=Split(_resized(_take(images, validation), size), labels[validation]),
+        test=Split(_resized(test_images, size), test_labels),
         root=None if root is None else str(root),
         seed=seed,
         validation_fraction=validation_fraction,
@@ -226,7 +285,18 @@ def load(
     )
 
 
-def _read(name: str, root: Path, download: bool, image_size: int | None) -> _sources.Raw:
+def _take(images: Tensor | Files, chosen: Tensor) -> Tensor | Files:
+    return images.subset(chosen) if isinstance(images, Files) else images[chosen]
+
+
+def _resized(images: Tensor | Files, size: int) -> Tensor | Files:
+    # Files are decoded at their final size.
+    return images if isinstance(images, Files) else _sources.resize(images, size)
+
+
+def _read(
+    name: str, root: Path, download: bool, image_size: int | None, stream: Stream, workers: int
+) -> _sources.Raw:
     if name == "digits":
         return _sources.read_digits()
     if name in _sources.TORCHVISION:
@@ -235,7 +305,7 @@ def _read(name: str, root: Path, download: bool, image_size: int | None) -> _sou
         try:
             # The shell leaves the ~ of `folder:~/pets` alone.
             path = Path(name.removeprefix(FOLDER)).expanduser()
-            return _sources.read_folder(path, image_size)
+            return _sources.read_folder(path, image_size, stream, workers)
         except (OSError, RuntimeError) as error:  # no permission, no such user, no memory
             reason = " ".join(str(error).split())
             raise DataError(
@@ -303,6 +373,11 @@ def _first(labels: Tensor, limit: int) -> Tensor:
     return times.argsort(stable=True)[:limit].sort().values
 
 
+def chunks(images: Images) -> Iterator[Tensor]:
+    """All images in order, at most `CHUNK` at a time: uint8 (n, C, H, W)."""
+    return (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1], value v becoming v / 255; same shape and device."""
     if images.dtype != torch.uint8:
@@ -353,7 +428,8 @@ def batches(
 def fingerprint(split: Split) -> str:
     """SHA-256 of a split's shape, pixels and labels, as 64 hex digits."""
     digest = hashlib.sha256(repr(tuple(split.images.shape)).encode())
-    digest.update(split.images.cpu().contiguous().numpy().tobytes())
+    for part in chunks(split.images):
+        digest.update(part.cpu().contiguous().numpy().tobytes())
     digest.update(split.labels.cpu().contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 

@@ -90,6 +90,10 @@ class DivergedError(EpdistillError):
     """Training left the finite numbers; the last good state is kept."""
 
 
+class LostTouchError(EpdistillError):
+    """Another process of a distributed job has failed, was killed, or is out of reach."""
+
+
 class InterruptedByUserError(EpdistillError):
     """Ctrl-C; whatever was finished before is kept."""
 

@@ -4,25 +4,32 @@ Every random choice of step k of epoch e is drawn from a generator seeded with
 (seed, e, k): data order, augmentation and noise need no stored state, and a run
 that was killed continues as if nothing had happened. Nothing that steers the
 training reads the clock; the clock only decides how often a checkpoint is written.
+
+A batch may be shared out over a team of processes: order, augmentation and noise are
+drawn for the whole batch in each of them, and each takes its rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from epdistill.augment import Augmentation
-from epdistill.checkpoints import pick_up, save_checkpoint
+from epdistill.checkpoints import Checkpoint, pick_up, save_checkpoint
 from epdistill.console import SILENT, Reporter
 from epdistill.data import Split, to_float
+from epdistill.distributed import ALONE, Shard, Team
 from epdistill.errors import DivergedError
 from epdistill.runs import append_metrics
 
@@ -42,6 +49,7 @@ class Batch:
         epochs: Epochs of the whole training.
         generator: A CPU generator of this step alone.
         index: (N,) int64 on the CPU, the images' numbers in the split.
+        part: Which rows of the global batch these N are, where it is shared out.
     """
 
     images: Tensor
@@ -52,13 +60,22 @@ class Batch:
     epochs: int
     generator: torch.Generator
     index: Tensor
+    part: Shard | None = None
+
+    @property
+    def shard(self) -> Shard:
+        """Which rows of the global batch these are: all of them without `part`."""
+        return self.part or Shard(0, len(self.labels), len(self.labels))
 
 
 class Task(Protocol):
     """Something that learns; `fit` drives it."""
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Learn from one batch; return what to average over the epoch: loss, accuracy, ..."""
+        """Learn from one batch; return what to average over the epoch: loss, accuracy, ...
+
+        In a team, of the global batch: the same in every process.
+        """
 
     def validate(self) -> dict[str, float]:
         """Measure on the validation split after an epoch; `accuracy` at least."""
@@ -86,6 +103,26 @@ def cosine(done: float, floor: float = 0.0) -> float:
     return floor + (1 - floor) * 0.5 * (1 + cos(pi * min(max(done, 0.0), 1.0)))
 
 
+def share_checkpoint(team: Team, task: Task, found: Checkpoint | None) -> Checkpoint | None:
+    """Rank 0's checkpoint in every process; without one, rank 0's fresh task is restored in all.
+
+    The other machines of a job need not see rank 0's disk.
+    """
+    if team.size == 1:
+        return found
+    state = task.state() if found is None else found.state
+    facts = None if found is None else found.facts
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    packed = save_safetensors(tensors, {"facts": json.dumps(facts)}) if team.first else b""
+    data = team.tell(packed)
+    length = int.from_bytes(data[:8], "little")
+    facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["facts"])
+    if facts is not None:
+        return Checkpoint(load_safetensors(data), facts, () if found is None else found.notes)
+    task.restore(load_safetensors(data))
+    return None
+
+
 def fit(
     task: Task,
     split: Split,
@@ -99,6 +136,7 @@ def fit(
     device: torch.device,
     reporter: Reporter = SILENT,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    team: Team = ALONE,
 ) -> dict[str, float]:
     """Train `task`, continuing from the folder's checkpoint if there is one.
 
@@ -114,6 +152,7 @@ def fit(
         device: Where steps run.
         reporter: Where progress goes.
         checkpoint_seconds: How long a crash may throw back; never steers the result.
+        team: The processes that share out every batch; rank 0 writes.
 
     Returns:
         The last epoch's row of metrics.
@@ -122,28 +161,37 @@ def fit(
         DivergedError: A loss was not finite.
         RunError: The checkpoint is damaged, and the one before it too.
         DiskError: The disk is full; the last checkpoint is as it was.
+        RecipeError: A batch has fewer images than the team processes.
     """
     size = min(batch_size, len(split))
+    shard = team.shard(size)
     per_epoch = len(split) // size
     total = per_epoch * epochs
     step, sums, row = 0, {}, {}
-    found = pick_up(folder)
+    found = share_checkpoint(team, task, pick_up(folder) if team.first else None)
     if found is not None:
         for note in found.notes:
             reporter.line(note)
         task.restore(found.state)
         step, sums, row = (found.facts[key] for key in ("step", "sums", "row"))
         reporter.line(f"continuing at step {step} of {total}")
-    saved = time.monotonic()
-    with reporter.bar(title, total, step) as bar:
-        for epoch in range(step // per_epoch, epochs):
+
+    def rows(done: int) -> Iterator[Tensor]:
+        """The numbers of this process's images, step after step to the end of the training."""
+        for epoch in range(done // per_epoch, epochs):
             order = torch.randperm(len(split), generator=generator_of(seed, epoch))
+            for k in range(max(done - epoch * per_epoch, 0), per_epoch):
+                yield order[k * size : (k + 1) * size][shard.rows]
+
+    saved = time.monotonic()
+    with split.feed(rows(step)) as feed, reporter.bar(title, total, step) as bar:
+        for epoch in range(step // per_epoch, epochs):
             for k in range(step % per_epoch, per_epoch):
-                pick = order[k * size : (k + 1) * size]
+                pick, pixels = next(feed)
                 generator = generator_of(seed, epoch, k)
-                images = augmentation(split.images[pick].to(device), generator)
+                images = to_float(augmentation(pixels.to(device), generator, shard))
                 labels = split.labels[pick].to(device)
-                batch = Batch(to_float(images), labels, step, total, epoch, epochs, generator, pick)
+                batch = Batch(images, labels, step, total, epoch, epochs, generator, pick, shard)
                 values = task.step(batch)
                 if not all(isfinite(value) for value in values.values()):
                     raise DivergedError(
@@ -155,15 +203,17 @@ def fit(
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value
                 bar.advance(1, _show({n: s / (k + 1) for n, s in sums.items()}))
-                if k + 1 < per_epoch and time.monotonic() - saved >= checkpoint_seconds:
+                due = time.monotonic() - saved >= checkpoint_seconds
+                if team.first and due and k + 1 < per_epoch:
                     save_checkpoint(folder, task.state(), {"step": step, "sums": sums, "row": row})
                     saved = time.monotonic()
             train = {f"train.{name}": value / per_epoch for name, value in sums.items()}
             validation = {f"validation.{n}": value for n, value in task.validate().items()}
             row = {"step": step, "epoch": epoch + 1, **train, **validation}
-            append_metrics(folder, row)
             sums = {}
-            save_checkpoint(folder, task.state(), {"step": step, "sums": sums, "row": row})
+            if team.first:
+                append_metrics(folder, row)
+                save_checkpoint(folder, task.state(), {"step": step, "sums": sums, "row": row})
             saved = time.monotonic()
             news = {**train, "validation": row["validation.accuracy"]}
             reporter.line(f"[dim]{title}: epoch {epoch + 1}/{epochs}  {_show(news)}")

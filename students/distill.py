@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from epdistill.data import DataSet, Split, to_float
+from epdistill.distributed import ALONE, Team
 from epdistill.errors import RecipeError
 from epdistill.recipes import Recipe
 from epdistill.recipes.schema import StudentRecipe
@@ -158,6 +160,15 @@ def cache_for(
     )
 
 
+class _Learnt(NamedTuple):
+    """A loss, of how many images it is the mean, its parts, and what is counted per image."""
+
+    loss: Tensor
+    images: int
+    parts: dict[str, float]
+    values: dict[str, float]
+
+
 class DistillTask:
     """A student's training as a task of the training loop.
 
@@ -167,6 +178,7 @@ class DistillTask:
         recipe: Losses, inputs, rates.
         validation: What is measured after each epoch.
         cache: Answers to replayed views.
+        team: The processes that share out every batch.
     """
 
     def __init__(
@@ -176,7 +188,9 @@ class DistillTask:
         recipe: Recipe,
         validation: Split,
         cache: ViewCache | None = None,
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
         self.student, self.validation = student, validation
         self.recipe, self.cache = recipe.student, cache
         self.teacher = hurried(teacher, self.recipe.teacher_tolerance)
@@ -211,18 +225,22 @@ class DistillTask:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate * min(factor, 1.0)
 
-    def _place(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _place(self, batch: Batch) -> Tensor:
         """The images as both sides see them, but for adversarial steps."""
+        images, generator, shard = batch.images, batch.generator, batch.shard
         if self.recipe.inputs == "corruption":
-            return corrupted(images, self.recipe.corruptions, generator)
-        return noisy(images, self.recipe.inputs, self.recipe.noise_std, generator)
+            # A type is drawn per quarter of the batch and may draw what it likes: the whole
+            # batch is corrupted in every process.
+            whole = self.team.gather(images, shard)
+            return corrupted(whole, self.recipe.corruptions, generator)[shard.rows]
+        return noisy(images, self.recipe.inputs, self.recipe.noise_std, generator, shard)
 
     def _ask(self, batch: Batch) -> tuple[Tensor, Targets]:
         """The placed images, and the teacher's answer to them or to the clean ones."""
         clean = self.recipe.targets == "clean"
 
         def asked(places: Tensor | slice = slice(None)) -> Tensor:
-            seen = batch.images if clean else self._place(batch.images, batch.generator)
+            seen = batch.images if clean else self._place(batch)
             return seen[places]
 
         if self.cache is None:
@@ -234,11 +252,9 @@ class DistillTask:
             states = [state.to(device) for state in goal.states]
             settled, logits = goal.settled.to(device), goal.logits.to(device)
             images, goal = images.to(device), Targets(states, logits, settled, goal.sweeps)
-        return (self._place(images, batch.generator) if clean else images), goal
+        return (self._place(replace(batch, images=images)) if clean else images), goal
 
-    def _search(
-        self, loss: Callable[[Tensor], Tensor], images: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def _search(self, loss: Callable[[Tensor], Tensor], images: Tensor, batch: Batch) -> Tensor:
         """Where the loss of the student, in eval mode, is largest around the images."""
         own = self.recipe
         self.student.eval()
@@ -248,7 +264,8 @@ class DistillTask:
             own.adversarial_norm,
             own.adversarial_eps,
             own.adversarial_steps,
-            generator,
+            batch.generator,
+            batch.shard,
         )
         self.student.train()
         return found
@@ -260,46 +277,57 @@ class DistillTask:
         # What layers draw for themselves (dropout, stochastic depth, a stochastic teacher).
         devices = [batch.images.device] if batch.images.is_cuda else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=batch.generator)))
+            drawn = int(torch.randint(2**62, (), generator=batch.generator))
+            # Two processes must not draw the same noise for different images.
+            torch.manual_seed(drawn if self.team.first else seed_of(drawn, self.team.rank))
             supervised = self.recipe.loss == "ce"
-            loss, values = self._supervised(batch) if supervised else self._distilled(batch)
+            learnt = self._supervised(batch) if supervised else self._distilled(batch)
             self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            learnt.loss.backward()  # type: ignore[no-untyped-call]
+        # The clip is for the gradient of the global batch.
+        self.team.average_gradients(self.student.parameters(), learnt.images)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.gradient_clip)
         self.optimiser.step()
-        return {"loss": float(loss.detach()), **values}
+        self.team.share_buffers(self.student)
+        parts = {"loss": float(learnt.loss.detach()), **learnt.parts}
+        return {
+            **self.team.mean(parts, learnt.images),
+            **self.team.mean(learnt.values, len(batch.labels)),
+        }
 
-    def _supervised(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        images, labels = self._place(batch.images, batch.generator), batch.labels
+    def _supervised(self, batch: Batch) -> _Learnt:
+        images, labels = self._place(batch), batch.labels
         if self.recipe.inputs == "adversarial":
-            images = self._search(
-                lambda x: F.cross_entropy(self.student(x), labels), images, batch.generator
-            )
+            images = self._search(lambda x: F.cross_entropy(self.student(x), labels), images, batch)
         logits = self.student(images)
         loss = self._label_loss(logits, labels)
-        return loss, {"accuracy": float((logits.argmax(1) == labels).double().mean())}
+        accuracy = float((logits.argmax(1) == labels).double().mean())
+        return _Learnt(loss, len(labels), {}, {"accuracy": accuracy})
 
-    def _distilled(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def _distilled(self, batch: Batch) -> _Learnt:
         images, goal = self._ask(batch)
         spent = [goal.sweeps]
         if self.recipe.inputs == "adversarial":
             # The teacher's answer is held while the student is searched.
-            images = self._search(lambda x: self._loss(x, goal)[0].total, images, batch.generator)
+            images = self._search(lambda x: self._loss(x, goal)[0].total, images, batch)
             if self.recipe.targets == "there":
                 goal = self.teacher.targets(images)
                 spent.append(goal.sweeps)
         loss, logits = self._loss(images, goal)
-        total = loss.total
-        if self.recipe.label_weight:
-            total = total + self.recipe.label_weight * self._label_loss(logits, batch.labels)
+        total, keep = loss.total, goal.settled
+        if self.recipe.label_weight and bool(keep.any()):
+            # Over the same images as the other terms.
+            labels = self._label_loss(logits[keep], batch.labels[keep])
+            total = total + self.recipe.label_weight * labels
+        parts = {"states": float(loss.states), "kl": float(loss.logits)}
         values = {
-            "states": float(loss.states),
-            "kl": float(loss.logits),
             "accuracy": float((logits.argmax(1) == batch.labels).double().mean()),
             "settled": float(goal.settled.double().mean()),
         }
         sweeps = [float(s.double().mean()) for s in spent if s is not None]
-        return total, {**values, "sweeps": sum(sweeps)} if sweeps else values
+        if sweeps:
+            values["sweeps"] = sum(sweeps)
+        return _Learnt(total, int(keep.sum()), parts, values)
 
     def _label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
@@ -309,13 +337,19 @@ class DistillTask:
         states = goal.states[len(goal.states) - len(landed) :]
         theirs = [state.to(logits.dtype) for state in states]
         loss = matching_loss(
-            landed, logits, theirs, goal.logits.to(logits.dtype), goal.settled, self.matching
+            landed,
+            logits,
+            theirs,
+            goal.logits.to(logits.dtype),
+            goal.settled,
+            self.matching,
+            self.team,
         )
         return loss, logits
 
     def validate(self) -> dict[str, float]:
         """Accuracy, agreement and mean R^2 on the validation split."""
-        found = measure(self.student, self.teacher, self.validation)
+        found = measure(self.student, self.teacher, self.validation, team=self.team)
         values = {"accuracy": found.accuracy, "agreement": found.agreement}
         return values if found.mean_r2 is None else {**values, "r2": found.mean_r2}
 

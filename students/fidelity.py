@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epdistill.data import Split, to_float
+from epdistill.distributed import ALONE, Team
 from epdistill.recipes.schema import StudentRecipe
 from epdistill.students.model import Student
 from epdistill.teachers.targets import Teacher
@@ -63,10 +64,15 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
         bins: Of equal width in (0, 1]; a confidence on a border belongs to the lower one.
     """
     confidence, answer = probabilities.double().max(1)
-    gap = (answer == labels).double() - confidence
+    return _calibration(confidence, answer == labels, bins)
+
+
+def _calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """The same from confidences (N,) float64 and whether they were justified (N,) bool."""
+    gap = right.double() - confidence
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     sums = torch.zeros(bins, dtype=torch.float64, device=gap.device).index_add_(0, place, gap)
-    return float(sums.abs().sum() / len(labels))
+    return float(sums.abs().sum() / len(gap))
 
 
 class _Layer:
@@ -76,14 +82,28 @@ class _Layer:
         self.square = self.total = self.error = self.cosine = 0.0
         self.units = self.images = 0
 
-    def add(self, goal: Tensor, got: Tensor) -> None:
+    @staticmethod
+    def sums(goal: Tensor, got: Tensor) -> tuple[float, float, float, float, int, int]:
+        """Of one batch, what `add` takes."""
         goal, got = goal.flatten(1).double(), got.flatten(1).double()
-        self.square += float(goal.square().sum())
-        self.total += float(goal.sum())
-        self.error += float((got - goal).square().sum())
-        self.cosine += float(torch.cosine_similarity(got, goal, dim=1).sum())
-        self.units += goal.numel()
-        self.images += len(goal)
+        return (
+            float(goal.square().sum()),
+            float(goal.sum()),
+            float((got - goal).square().sum()),
+            float(torch.cosine_similarity(got, goal, dim=1).sum()),
+            goal.numel(),
+            len(goal),
+        )
+
+    def add(
+        self, square: float, total: float, error: float, cosine: float, units: int, images: int
+    ) -> None:
+        self.square += square
+        self.total += total
+        self.error += error
+        self.cosine += cosine
+        self.units += units
+        self.images += images
 
     def r2(self) -> float | None:
         if self.units == 0:
@@ -103,6 +123,7 @@ def measure(
     *,
     change: Change | None = None,
     batch_size: int = BATCH,
+    team: Team = ALONE,
 ) -> Fidelity:
     """A student beside its teacher on a split, every image once.
 
@@ -112,15 +133,15 @@ def measure(
         split: Images and labels.
         change: What becomes of the images first.
         batch_size: Images at a time.
+        team: Processes that share out the batches; the sums are made in the batches' order,
+            so the result is the same for every number of them.
     """
     training = student.training
     student.eval()
     depth, matched = len(teacher.shapes), student.spec.matched
-    layers = [_Layer() for _ in range(depth)]
-    right = theirs_right = same = settled = 0
-    chances, answers = [], []
     device = teacher.mean.device
-    for start in range(0, len(split), batch_size):
+
+    def look(start: int) -> tuple[list[int], list[Any], list[float], list[bool]]:
         images = to_float(split.images[start : start + batch_size].to(device))
         labels = split.labels[start : start + batch_size].to(device)
         if change is not None:
@@ -128,22 +149,31 @@ def measure(
         goal = teacher.targets(images)
         landed, logits = student.match(images)
         ours, theirs = logits.argmax(1), goal.logits.argmax(1)
-        right += int((ours == labels).sum())
-        theirs_right += int((theirs == labels).sum())
-        same += int((ours == theirs).sum())
-        settled += int(goal.settled.sum())
-        chances.append(logits.double().softmax(1))
-        answers.append(labels)
-        for n, got in enumerate(student.states(landed), start=depth - matched):
-            layers[n].add(goal.states[n][goal.settled], got[goal.settled])
+        counts = [ours == labels, theirs == labels, ours == theirs, goal.settled]
+        sums = [
+            _Layer.sums(goal.states[n][goal.settled], got[goal.settled])
+            for n, got in enumerate(student.states(landed), start=depth - matched)
+        ]
+        confidence, answer = logits.double().softmax(1).max(1)
+        right = (answer == labels).tolist()
+        return [int(flags.sum()) for flags in counts], sums, confidence.tolist(), right
+
+    found = team.share_out(range(0, len(split), batch_size), look)
     student.train(training)
+    right, theirs_right, same, settled = (sum(part[0][i] for part in found) for i in range(4))
+    layers = [_Layer() for _ in range(depth)]
+    for part in found:
+        for n, sums in enumerate(part[1], start=depth - matched):
+            layers[n].add(*sums)
+    confidence = torch.tensor([one for part in found for one in part[2]], dtype=torch.float64)
+    justified = torch.tensor([one for part in found for one in part[3]])
     count = len(split)
     return Fidelity(
         count,
         right / count,
         theirs_right / count,
         same / count,
-        calibration_error(torch.cat(chances), torch.cat(answers)),
+        _calibration(confidence, justified),
         settled / count,
         tuple(layer.r2() for layer in layers),
         tuple(layer.mean_cosine() for layer in layers),
@@ -173,7 +203,12 @@ def with_attack(student: Student, eps: float, seed: int) -> Change:
 
 
 def fidelities(
-    student: Student, teacher: Teacher, test: Split, recipe: StudentRecipe, seed: int
+    student: Student,
+    teacher: Teacher,
+    test: Split,
+    recipe: StudentRecipe,
+    seed: int,
+    team: Team = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """Fidelity on clean and noisy test images, and on the first 200 under attack.
 
@@ -183,6 +218,7 @@ def fidelities(
         test: The test split.
         recipe: Says how much noise, and the attack's radius.
         seed: Of the noise and the attack.
+        team: Processes that share the work.
 
     Returns:
         By `clean`, `noise` and `adversarial`: the fields of `Fidelity`, and `std` or `eps`.
@@ -192,11 +228,13 @@ def fidelities(
     noise = with_noise(recipe.fidelity_noise, seed)
     attack = with_attack(student, recipe.fidelity_eps, seed)
     return {
-        "clean": vars(measure(student, teacher, test)),
+        "clean": vars(measure(student, teacher, test, team=team)),
         "noise": {
-            "std": recipe.fidelity_noise, **vars(measure(student, teacher, test, change=noise)),
+            "std": recipe.fidelity_noise,
+            **vars(measure(student, teacher, test, change=noise, team=team)),
         },
         "adversarial": {
-            "eps": recipe.fidelity_eps, **vars(measure(student, teacher, first, change=attack)),
+            "eps": recipe.fidelity_eps,
+            **vars(measure(student, teacher, first, change=attack, team=team)),
         },
-    }  # fmt: skip
+    }

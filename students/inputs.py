@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from epdistill.distributed import Shard
 from epdistill.robustness.attacks.common import lengths, project_l2, project_linf, unit
 from epdistill.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from epdistill.robustness.guards import check_adversarial
@@ -17,7 +18,13 @@ PARTS = 4
 RELATIVE_STEP = 2.5
 
 
-def noisy(images: Tensor, inputs: str, std: float, generator: torch.Generator) -> Tensor:
+def noisy(
+    images: Tensor,
+    inputs: str,
+    std: float,
+    generator: torch.Generator,
+    shard: Shard | None = None,
+) -> Tensor:
     """Images with Gaussian noise.
 
     Args:
@@ -25,18 +32,19 @@ def noisy(images: Tensor, inputs: str, std: float, generator: torch.Generator) -
         inputs: `noise`: on every image; `mix`: on every second one; others: as they are.
         std: Largest standard deviation; each image draws its own, uniform in [0, std].
         generator: A CPU generator of this step.
+        shard: Which rows of a batch the images are; the whole of it without.
 
     Returns:
         Images of the same shape, clipped to [0,1].
     """
     if inputs not in ("noise", "mix") or std == 0:
         return images
-    count = images.shape[0]
-    scale = torch.rand(count, 1, 1, 1, generator=generator) * std
+    shard = shard or Shard(0, len(images), len(images))
+    scale = torch.rand(shard.count, 1, 1, 1, generator=generator) * std
     if inputs == "mix":
         scale[::2] = 0
-    noise = torch.randn(images.shape, generator=generator)
-    return (images + (scale * noise).to(images)).clamp(0, 1)
+    noise = torch.randn((shard.count, *images.shape[1:]), generator=generator)
+    return (images + (scale * noise)[shard.rows].to(images)).clamp(0, 1)
 
 
 def corrupted(images: Tensor, types: Sequence[str], generator: torch.Generator) -> Tensor:
@@ -66,6 +74,7 @@ def climb(
     eps: float,
     steps: int,
     generator: torch.Generator,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Projected gradient ascent of a loss from a random point of the ball (Madry et al. 2018).
 
@@ -76,16 +85,19 @@ def climb(
         eps: Radius, on pixels in [0,1].
         steps: Gradient steps.
         generator: A CPU generator of this step.
+        shard: Which rows of a batch the images are; the whole of it without.
 
     Returns:
         (N, C, H, W), detached, checked to be inside the ball and [0,1].
     """
     project = project_linf if norm == "linf" else project_l2
-    start = torch.randn(images.shape, generator=generator).to(images)
+    shard = shard or Shard(0, len(images), len(images))
+    whole = (shard.count, *images.shape[1:])
+    start = torch.randn(whole, generator=generator)[shard.rows].to(images)
     if norm == "linf":
         start = 2 * torch.special.ndtr(start) - 1
     else:
-        radius = torch.rand(len(images), 1, 1, 1, generator=generator).to(images)
+        radius = torch.rand(shard.count, 1, 1, 1, generator=generator)[shard.rows].to(images)
         start = radius * start / lengths(start)
     current = project(images, images + eps * start, eps)
     for _ in range(steps):

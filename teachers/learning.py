@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from epdistill.distributed import ALONE, Team
 from epdistill.teachers.energy import Network, Pooled, States
 from epdistill.teachers.mixed import LOW, make_base
 from epdistill.teachers.phase import pools_at
@@ -162,7 +163,9 @@ def tipped_images(free: States, plus: States, minus: States) -> tuple[Tensor, Te
     return bend > 0.5 * span, span
 
 
-def tipped_weights(tipped: Tensor, span: Tensor, treatment: Tipped) -> Tensor | None:
+def tipped_weights(
+    tipped: Tensor, span: Tensor, treatment: Tipped, team: Team = ALONE
+) -> Tensor | None:
     """What each image counts in the gradient's sum, so that the rest is divided by N.
 
     A tipped image's difference is that of two equilibria and not beta times a slope:
@@ -173,15 +176,20 @@ def tipped_weights(tipped: Tensor, span: Tensor, treatment: Tipped) -> Tensor | 
         tipped: (N,) bool.
         span: (N,), lengths of s^+ - s^-.
         treatment: What to do.
+        team: The processes that share out the batch, which is treated as one.
 
     Returns:
         (N,), or None where every image counts once.
     """
-    if treatment == "keep" or not bool(tipped.any()) or bool(tipped.all()):
+    if treatment == "keep":
+        return None
+    count, settled = team.sum(torch.tensor([len(tipped), int((~tipped).sum())])).tolist()
+    if settled in (0, count):
         return None
     if treatment == "exclude":
-        return (~tipped).to(span.dtype) * (len(tipped) / int((~tipped).sum()))
-    longest = span[~tipped].max()
+        shares: Tensor = (~tipped).to(span.dtype) * (count / settled)
+        return shares
+    longest = team.max(torch.where(tipped, 0.0, span).max())
     shorter = (longest / span.clamp_min(torch.finfo(span.dtype).tiny)).clamp(max=1.0)
     return torch.where(tipped, shorter, torch.ones_like(span))
 
@@ -199,6 +207,7 @@ def ep_step(
     sign: int = 1,
     bounded: bool = True,
     treat_tipped: Tipped = "keep",
+    team: Team = ALONE,
 ) -> Step:
     """One step of Equilibrium Propagation on a batch.
 
@@ -214,6 +223,7 @@ def ep_step(
         bounded: Use the curvature bound in the positive phase.
         treat_tipped: What becomes of images that a nudge has pushed into another basin (see
             `tipped_weights`). Symmetric estimator only.
+        team: The processes that share out the batch, whose own part `images` is.
 
     Returns:
         Gradients of the batch-mean loss and the phases they came from.
@@ -242,7 +252,7 @@ def ep_step(
     tipped = weight = None
     if plus and minus:
         tipped, span = tipped_images(rest.states, plus.states, minus.states)
-        weight = tipped_weights(tipped, span, treat_tipped)
+        weight = tipped_weights(tipped, span, treat_tipped, team)
     pools = [
         pooled if end is rest else end.pooled or pools_at(network, end.states, drive)
         for end in (high, low)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epdistill.data import DataSet, Split, to_float
+from epdistill.distributed import ALONE, Team
 from epdistill.errors import DivergedError, RecipeError
 from epdistill.recipes import Recipe
 from epdistill.teachers.architecture import Architecture, LayerSpec, layers_for
@@ -88,21 +89,26 @@ class Accuracy:
 
 
 @torch.no_grad()
-def measure(model: EPCNN, split: Split, *, batch_size: int = EVALUATION_BATCH) -> Accuracy:
-    """Accuracy and settling of a teacher on a split, every image once."""
-    right, sweeps, converged, worst = 0, 0, 0, 0.0
+def measure(
+    model: EPCNN, split: Split, *, batch_size: int = EVALUATION_BATCH, team: Team = ALONE
+) -> Accuracy:
+    """Accuracy and settling of a teacher on a split, every image once; batches are shared out."""
     device = model.mean.device
     network = model.network()
-    for start in range(0, len(split), batch_size):
+
+    def count(start: int) -> tuple[int, int, int, float]:
         images = to_float(split.images[start : start + batch_size].to(device)).to(model.mean.dtype)
         labels = split.labels[start : start + batch_size].to(device)
         relaxed = model.relax(images)
         logits = network.answer(model.normalise(images), relaxed.states)
-        right += int((logits.argmax(1) == labels).sum())
-        sweeps += int(relaxed.certificate.sweeps.sum())
-        converged += int(relaxed.certificate.converged.sum())
-        worst = max(worst, float(relaxed.certificate.residual.max()))
-    n = len(split)
+        certificate = relaxed.certificate
+        right = int((logits.argmax(1) == labels).sum())
+        settled = int(certificate.converged.sum())
+        return right, int(certificate.sweeps.sum()), settled, float(certificate.residual.max())
+
+    found = team.share_out(range(0, len(split), batch_size), count)
+    right, sweeps, converged = (sum(part[i] for part in found) for i in range(3))
+    worst, n = max((part[3] for part in found), default=0.0), len(split)
     return Accuracy(right / n, sweeps / n, converged / n, worst)
 
 
@@ -115,7 +121,9 @@ class TeachTask:
         recipe: Recipe,
         validation: Split,
         tell: Callable[[str], None] = lambda _: None,
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
         self.model, self.recipe, self.validation = model, recipe.teacher, validation
         teacher = recipe.teacher
         self.free = model.schedule.with_(
@@ -176,10 +184,13 @@ class TeachTask:
         troubles = self.watch.look(result)
         for trouble in troubles:
             self.tell(f"step {batch.step + 1}: {trouble.name}: {trouble.message}")
-        if any(trouble.fatal for trouble in troubles):
-            self._step_back(batch, troubles[0].message)
+        # What one process cannot trust, none may use.
+        if self.team.any(any(trouble.fatal for trouble in troubles)):
+            reason = troubles[0].message if troubles else "not finite in another process"
+            self._step_back(batch, reason)
         else:
             self._assign(result.gradients)
+            self.team.average_gradients(self.model.parameters(), len(batch.labels))
             self.optimiser.step()
             if self.recipe.back_off and batch.step % GOOD_EVERY == 0:
                 self.good = {name: value.clone() for name, value in self._present().items()}
@@ -194,7 +205,8 @@ class TeachTask:
         if result.tipped is not None:
             values["tipped"] = float(result.tipped.double().mean())
         # The loss of a step that was taken back says nothing; a mean must stay finite.
-        return {k: v if isfinite(v) else 0.0 for k, v in values.items()}
+        finite = {k: v if isfinite(v) else 0.0 for k, v in values.items()}
+        return self.team.mean(finite, len(batch.labels))
 
     def _learn(self, batch: Batch) -> Step:
         images = self.model.normalise(batch.images)
@@ -216,6 +228,7 @@ class TeachTask:
             sign=sign,
             bounded=self.model.schedule.kind == "red-black",
             treat_tipped=recipe.tipped,
+            team=self.team,
         )
 
     def _step_back(self, batch: Batch, reason: str) -> None:
@@ -235,7 +248,7 @@ class TeachTask:
 
     def validate(self) -> dict[str, float]:
         """Accuracy, sweeps and settling on the validation split."""
-        found = measure(self.model, self.validation)
+        found = measure(self.model, self.validation, team=self.team)
         return {
             "accuracy": found.accuracy,
             "sweeps": found.sweeps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -11,6 +12,10 @@ def main() -> None:
     from epdistill.disk import trouble
     from epdistill.errors import EpdistillError, InterruptedByUserError
 
+    together = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if together:
+        # torch's own remarks, with stack traces, on a process that has gone; ours is one line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         try:
             from epdistill.cli.app import app
@@ -24,4 +29,13 @@ def main() -> None:
                 raise
             raise found from error
     except EpdistillError as error:
+        if together:
+            from epdistill.launch import speaks
+
+            if speaks():
+                fail(str(error), error.exit_code)
+            # Without the ceremonies of an orderly end: they would wait for the others.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(fail(str(error), error.exit_code))

@@ -29,6 +29,8 @@ from epdistill.cli.flags import (
     RunsFlag,
     SeedFlag,
     SizeFlag,
+    StreamFlag,
+    WorkersFlag,
     context_of,
     overrides_of,
     recipe_for,
@@ -135,6 +137,8 @@ def teach(
     data_root: RootFlag = None,
     download: DownloadFlag = False,
     image_size: SizeFlag = None,
+    stream: StreamFlag = None,
+    workers: WorkersFlag = None,
     epochs: EpochsFlag = None,
     seed: SeedFlag = None,
     device: DeviceFlag = "auto",
@@ -158,10 +162,10 @@ def teach(
     overrides = overrides_of(
         section_of(chosen),
         model=model, data=data, image_size=image_size, epochs=epochs, seed=seed,
-        precision=precision,
+        precision=precision, stream=stream, workers=workers,
     )  # fmt: skip
     overrides["teacher.rule"] = rule
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, together=True)
     trained = work(load_recipe(source, overrides), context, out=out, resume=resume)
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
@@ -214,6 +218,8 @@ def distill(
         ),
     ] = None,
     recipe: RecipeFlag = None,
+    stream: StreamFlag = None,
+    workers: WorkersFlag = None,
     data_root: RootFlag = None,
     download: DownloadFlag = False,
     epochs: EpochsFlag = None,
@@ -241,9 +247,11 @@ def distill(
         "student.inputs": inputs,
         "student.cached_views": cached_views,
         "student.epochs": epochs,
+        "data.stream": stream,
+        "data.workers": workers,
         "seed": seed,
     }
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, together=True)
     chosen = load_recipe(recipe) if recipe else None
     trained = work(chosen, context, teacher=teacher, out=out, resume=resume, overrides=overrides)
     if json:
@@ -293,7 +301,7 @@ def evaluate(
     from epdistill.workflows.request import Asked
 
     asked = Asked((), suite, limit, subset, seed, diagnose or None, corruptions)
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, together=True)
     done = work(models or [], context, asked=asked, out=out, resume=resume)
     if json:
         rows = [

@@ -26,6 +26,17 @@ DownloadFlag = Annotated[bool, typer.Option("--download", help="Fetch the data s
 SizeFlag = Annotated[
     int | None, typer.Option("--image-size", help="Resize the images of a folder to this side.")
 ]
+StreamFlag = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--in-memory",
+        help="Decode a folder's images when needed; by itself if they fill a quarter of memory.",
+        show_default=False,
+    ),
+]
+WorkersFlag = Annotated[
+    int | None, typer.Option("--workers", min=0, help="Processes that decode streamed images.")
+]
 EpochsFlag = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the data.")]
 SeedFlag = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
 DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -42,17 +53,47 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stand
 RUNS = Path("runs")
 
 
-def context_of(runs: Path, root: Path | None, download: bool, device: str, quiet: bool) -> Context:
-    """The context that the shared flags ask for."""
+def context_of(
+    runs: Path,
+    root: Path | None,
+    download: bool,
+    device: str,
+    quiet: bool,
+    *,
+    together: bool = False,
+) -> Context:
+    """The context that the shared flags ask for.
+
+    Args:
+        runs: Folder of all runs.
+        root: Where downloaded data sets lie.
+        download: Whether a missing one may be fetched.
+        device: As the flag.
+        quiet: As the flag.
+        together: Whether the command can be shared out over torchrun's processes.
+
+    Raises:
+        RecipeError: It cannot, and torchrun has started several.
+    """
     from epdistill.console import Reporter
+    from epdistill.errors import RecipeError
+    from epdistill.launch import join, local_device, wanted
     from epdistill.workflows.context import Context
 
-    return Context(runs, root, download, device, Reporter(quiet=quiet))
+    if wanted() > 1 and not together:
+        raise RecipeError(
+            f"{wanted()} processes for a command that one does; expected torchrun with teach, "
+            "distill or evaluate: start the others without it"
+        )
+    team = join()
+    reporter = Reporter(quiet=quiet or not team.first)
+    return Context(runs, root, download, local_device(device), reporter, team)
 
 
 def overrides_of(section: str, **values: Any) -> dict[str, Any]:
     """Flags as recipe keys; the shared ones keep their place."""
-    places = {"epochs": f"{section}.epochs", "data": "data.name", "image_size": "data.image_size"}
+    places = {"epochs": f"{section}.epochs", "data": "data.name"}
+    places |= {name: f"data.{name}" for name in ("image_size", "stream", "workers")}
     return {places.get(name, name): value for name, value in values.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,8 +24,15 @@ def fail(message: str, code: int) -> int:
     return code
 
 
+def another_speaks() -> bool:
+    """Whether this is one of torchrun's processes and not the first."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def emit_json(content: dict[str, Any]) -> None:
     """Exactly one JSON object on standard output."""
+    if another_speaks():
+        return
     sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
 
 
@@ -45,6 +53,8 @@ def show_table(
         next_command: What to type next, if anything.
         words: The columns of words, set to the left; figures go to the right.
     """
+    if another_speaks():
+        return
     console = Console(highlight=False)
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, name in enumerate(head):

@@ -20,6 +20,9 @@ class DataRecipe(_Section):
         name: `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn` or `folder:PATH`.
         image_size: Side in pixels that the images of a folder are resized to.
         validation_fraction: Share of the training set kept for choices.
+        stream: Whether the images of a folder stay on disk and are decoded when they are
+            needed, with the same result; `auto`: if they would fill a quarter of the memory.
+        workers: Processes that then decode ahead of training, per training process.
         crop_padding: Pixels of padding for random crops; 0 is off.
         padding_mode: How the padding is filled.
         flip: Mirror images with probability 1/2.
@@ -28,6 +31,8 @@ class DataRecipe(_Section):
     name: str = "digits"
     image_size: int | None = Field(default=None, ge=8, le=224)
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=0.9)
+    stream: bool | Literal["auto"] = "auto"
+    workers: int = Field(default=2, ge=0, le=64)
     crop_padding: int = Field(default=0, ge=0, le=32)
     padding_mode: Literal["reflect", "edge", "zeros"] = "reflect"
     flip: bool = False

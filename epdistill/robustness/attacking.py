@@ -33,7 +33,7 @@ from epdistill.robustness.outcomes import (
 )
 from epdistill.robustness.subjects import MeanAnswer, Predict, Subject
 from epdistill.robustness.suites import Attack
-from epdistill.robustness.units import Task, Units, errs, named, part_key
+from epdistill.robustness.units import Task, Unit, Units, errs, named, part_key
 
 
 @dataclass
@@ -123,10 +123,8 @@ def attack_views(
         # An image that this subject gets wrong anyway may still fool another one.
         crafted = scope if number == 0 and first and others else wanted
         what = f"{ledger.name}: {attack.name} {attack.norm} {eps:.4g} on {view}"
-        for part in units.batches(crafted, attack.cost, what):
-            key = (ledger.name, attack.name, attack.norm, eps, view, part_key(part))
-            work = partial(_try, attack, eps, module, view, ledger, others, part, wanted, units)
-            found = units.run(key, work)
+        unit = partial(_unit, attack, eps, module, view, ledger, others, wanted, units)
+        for part, found in units.batches(crafted, attack.cost, what, unit):
             reach = unpack_floats(found["reach"])
             mine = wanted[part]
             own = unpack_bits(found["wrong"], int(mine.sum()))
@@ -147,10 +145,8 @@ def attack_answers(attack: Attack, eps: float, ledger: Ledger, units: Units) -> 
         carry(row, ledger.own)
     wanted = ~row.success & scope
     what = f"{ledger.name}: {attack.name} {attack.norm} {eps:.4g}"
-    for part in units.batches(wanted, attack.cost, what):
-        key = (ledger.name, attack.name, attack.norm, eps, "", part_key(part))
-        work = partial(_try, attack, eps, ledger.predict, "", ledger, (), part, wanted, units)
-        found = units.run(key, work)
+    unit = partial(_unit, attack, eps, ledger.predict, "", ledger, (), wanted, units)
+    for part, found in units.batches(wanted, attack.cost, what, unit):
         wrong = unpack_bits(found["wrong"], len(part))
         enter(row, part, wrong, unpack_floats(found["reach"]), found["queries"])
     ledger.own.append(row)
@@ -171,10 +167,8 @@ def attack_nearest(attack: Attack, ledger: Ledger, units: Units) -> None:
                 carry(row, ledger.own)
         wanted = ~rows[0].success & scope if rows else torch.zeros_like(scope)
         what = f"{ledger.name}: {attack.name} {attack.norm}" + (f" on {view}" if view else "")
-        for part in units.batches(wanted, attack.cost, what):
-            key = (ledger.name, attack.name, attack.norm, None, view, part_key(part))
-            work = partial(_try, attack, None, module, view, ledger, (), part, wanted, units)
-            found = units.run(key, work)
+        unit = partial(_unit, attack, None, module, view, ledger, (), wanted, units)
+        for part, found in units.batches(wanted, attack.cost, what, unit):
             wrong = unpack_bits(found["wrong"], len(part))
             reach = unpack_floats(found["reach"])
             for row in rows:
@@ -254,6 +248,21 @@ def craft(
         reach = check_adversarial(images, found, attack.norm, math.inf if eps is None else eps)
     draws = task.suite.samples if ledger.subject.stochastic else 1
     return found, reach, draws * asked.queries / len(part)
+
+
+def _unit(
+    attack: Attack,
+    eps: float | None,
+    model: Predict,
+    view: str,
+    ledger: Ledger,
+    others: Sequence[Ledger],
+    wanted: Tensor,
+    units: Units,
+    part: Tensor,
+) -> Unit:
+    key = (ledger.name, attack.name, attack.norm, eps, view, part_key(part))
+    return key, partial(_try, attack, eps, model, view, ledger, others, part, wanted, units)
 
 
 def _try(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from epdistill.distributed import ALONE
 from epdistill.errors import EvaluationError
 from epdistill.robustness.attacking import Ledger
 from epdistill.robustness.corruptions import EXTRA, FAMILY, SEVERITIES, corrupt
@@ -51,8 +52,21 @@ def run_corruptions(ledgers: Sequence[Ledger], units: Units, official: Official 
     """Generated corruptions, then official ones; an image is corrupted once for all subjects."""
     task = units.task
     for name in task.suite.corruptions:
-        for severity in task.suite.severities:
-            made = cache(partial(corrupt, task.images, name, severity, seed=task.seed))
+        levels = {
+            severity: cache(partial(corrupt, task.images, name, severity, seed=task.seed))
+            for severity in task.suite.severities
+        }
+        units.prepare(
+            [
+                (
+                    (ledger.name, FAMILY, name, severity),
+                    partial(units.judge, ledger.subject, ledger.predict, made, ALONE),
+                )
+                for severity, made in levels.items()
+                for ledger in ledgers
+            ]
+        )
+        for severity, made in levels.items():
             _judge(ledgers, units, FAMILY, name, severity, made)
     if official is None:
         return

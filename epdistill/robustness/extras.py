@@ -8,7 +8,7 @@ from typing import Any
 
 from epdistill.robustness.attacking import Ledger
 from epdistill.robustness.guards import derive_seed
-from epdistill.robustness.units import Units
+from epdistill.robustness.units import Unit, Units
 
 # A diagnosis shows each image to the model about this often.
 COST = 30_000
@@ -21,9 +21,14 @@ def diagnosis_work(count: int | None) -> int:
 
 def run_diagnosis(ledger: Ledger, rivals: Sequence[Ledger], count: int, units: Units) -> None:
     """Look for masked gradients on the first `count` images; see `diagnostics`."""
-    work = partial(_diagnose, ledger, rivals, count, units)
-    ledger.diagnosis = units.run((ledger.name, "diagnosis", count), work)
+    ledger.diagnosis = units.run(*diagnosis_unit(ledger, rivals, count, units))
     units.meter.add(f"{ledger.name}: diagnosed", diagnosis_work(count))
+
+
+def diagnosis_unit(ledger: Ledger, rivals: Sequence[Ledger], count: int, units: Units) -> Unit:
+    """The work of `run_diagnosis`."""
+    work = partial(_diagnose, ledger, rivals, count, units)
+    return (ledger.name, "diagnosis", count), work
 
 
 def _diagnose(ledger: Ledger, rivals: Sequence[Ledger], count: int, units: Units) -> dict[str, Any]:

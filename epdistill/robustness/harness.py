@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from epdistill.data import Images
+from epdistill.distributed import ALONE, Team
 from epdistill.errors import EvaluationError
 from epdistill.robustness.attacking import (
     Ledger,
@@ -23,7 +25,7 @@ from epdistill.robustness.attacking import (
     open_ledger,
 )
 from epdistill.robustness.corrupting import Official, check_official, run_corruptions
-from epdistill.robustness.extras import diagnosis_work, run_basins, run_diagnosis
+from epdistill.robustness.extras import diagnosis_unit, diagnosis_work, run_basins, run_diagnosis
 from epdistill.robustness.guards import check_logits, derive_seed, evaluation_mode
 from epdistill.robustness.journal import Journal
 from epdistill.robustness.outcomes import Evaluation
@@ -39,7 +41,7 @@ DIAGNOSED = 64
 
 def evaluate(
     subjects: Sequence[Subject],
-    images: Tensor,  # (N,C,H,W) uint8
+    images: Images,  # (N,C,H,W) uint8
     labels: Tensor,  # (N,) int64
     *,
     suite: str | QuickSuite = "quick",
@@ -51,6 +53,7 @@ def evaluate(
     journal: Journal | None = None,
     diagnose: bool = False,
     official: Official | None = None,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Measure clean accuracy, robust accuracy and accuracy under corruption.
 
@@ -73,6 +76,8 @@ def evaluate(
         diagnose: Look for masked gradients also where the suite does not.
         official: Published arrays of these images, corrupted, to evaluate beside the
             generated ones.
+        team: Processes that share out the units of work. The result is that of a single
+            one; rank 0's journal alone has a file, and all begin with the same units in it.
 
     Returns:
         The outcome for each image, subject and attack.
@@ -96,7 +101,7 @@ def evaluate(
         count = chosen.diagnosed() or (DIAGNOSED if diagnose else None)
         meter = Meter(progress, _work(ledgers, task, attacks, published, official, count))
         devices = [subject.device for subject in subjects]
-        units = Units(task, journal or Journal(), meter, devices)
+        units = Units(task, journal or Journal(), meter, devices, team)
         for ledger in ledgers:
             key = (ledger.name, "clean")
             ledger.clean_wrong = units.wrong(key, ledger.subject, ledger.predict)
@@ -110,10 +115,12 @@ def evaluate(
             if published:
                 run_published(ledger, published, units)
         run_corruptions(ledgers, units, official)
+        rivals = {id(one): [other for other in ledgers if other is not one] for one in ledgers}
+        if count is not None:
+            units.prepare([diagnosis_unit(one, rivals[id(one)], count, units) for one in ledgers])
         for ledger in ledgers:
             if count is not None:
-                rivals = [other for other in ledgers if other is not ledger]
-                run_diagnosis(ledger, rivals, count, units)
+                run_diagnosis(ledger, rivals[id(ledger)], count, units)
                 if chosen.diagnosed() is not None:
                     run_basins(ledger, count, units)
     return Evaluation(
@@ -207,7 +214,7 @@ def _work(
 
 def _check_arguments(
     subjects: Sequence[Subject],
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     limit: int | None,
     subset: str,

@@ -48,6 +48,18 @@ class Journal:
         self._path = Path()
 
     @classmethod
+    def of(cls, units: Mapping[str, Any]) -> Journal:
+        """A journal without a file that knows some units already."""
+        journal = cls()
+        journal._units.update(units)
+        return journal
+
+    @property
+    def units(self) -> Mapping[str, Any]:
+        """What is known so far."""
+        return self._units
+
+    @classmethod
     def create(cls, folder: Path, header: Mapping[str, Any]) -> Journal:
         """Begin a journal in a folder that has none.
 

@@ -20,7 +20,7 @@ from epdistill.robustness.journal import pack_bits, pack_floats, unpack_bits, un
 from epdistill.robustness.outcomes import CorruptionOutcome, PublishedOutcome
 from epdistill.robustness.subjects import Predict, Published
 from epdistill.robustness.suites import Attack, QuickSuite
-from epdistill.robustness.units import Units, errs, named, part_key
+from epdistill.robustness.units import Unit, Units, errs, named, part_key
 
 # The gradient of a mean over this many images was normalised with a floor of 1e-7.
 PUBLISHED_BATCH = 200
@@ -190,11 +190,14 @@ def _cell(
     reach = torch.zeros(units.task.n, dtype=torch.float64)
     at = f"c = {constant:g}" if eps is None else f"{attack.norm} {eps:.4g}"
     what = f"{ledger.name}: {attack.name} {at}, {view}"
-    for part in units.batches(scope, attack.cost, what):
+
+    def unit(part: Tensor) -> Unit:
         key = (
             ledger.name, "protocol", attack.name, attack.norm, eps, constant, view, part_key(part)
         )  # fmt: skip
-        found = units.run(key, partial(_try, ledger, cell, view, part, units))
+        return key, partial(_try, ledger, cell, view, part, units)
+
+    for part, found in units.batches(scope, attack.cost, what, unit):
         wrong[part] = unpack_bits(found["wrong"], len(part))
         own[part] = unpack_bits(found["own"], len(part))
         reach[part] = unpack_floats(found["reach"])

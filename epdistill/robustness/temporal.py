@@ -23,7 +23,7 @@ from epdistill.robustness.journal import pack_bits, pack_floats, unpack_bits, un
 from epdistill.robustness.outcomes import TemporalOutcome
 from epdistill.robustness.subjects import Horizons, Predict
 from epdistill.robustness.suites import Attack, QuickSuite, TemporalSettings, attack
-from epdistill.robustness.units import Units, errs, part_key
+from epdistill.robustness.units import Unit, Units, errs, part_key
 
 TEMPORAL = "pgd-temporal"
 CLEAN = "clean"
@@ -99,11 +99,12 @@ def _sweep(
     wrong = {sweeps: before.clone() for sweeps, before in clean.items()}
     what = f"{ledger.name}: {TEMPORAL} {pgd.norm} {eps:.4g} on {source.name}"
     with evaluation_mode((view,)):
-        for part in units.batches(scope, pgd.cost, what):
+
+        def unit(part: Tensor) -> Unit:
             key = (ledger.name, TEMPORAL, pgd.norm, eps, source.name, part_key(part))
-            found = units.run(
-                key, partial(_try, ledger, pgd, eps, view, source.name, readers, part, units)
-            )
+            return key, partial(_try, ledger, pgd, eps, view, source.name, readers, part, units)
+
+        for part, found in units.batches(scope, pgd.cost, what, unit):
             for total, text in zip(wrong.values(), found["wrong"], strict=True):
                 total[part] |= unpack_bits(text, len(part))
             settled = unpack_bits(found["wrong"][-1], len(part))

@@ -1,4 +1,8 @@
-"""Units of work: what is computed at once, judged, and remembered if the process dies."""
+"""Units of work: what is computed at once, judged, and remembered if the process dies.
+
+A unit's random numbers come from its name, so a team of processes can share units out:
+whoever computes one, its result is the same, and then everybody's.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from epdistill.distributed import ALONE, Team
 from epdistill.errors import EpdistillError
 from epdistill.robustness.guards import check_logits, derive_seed
 from epdistill.robustness.journal import Journal, pack_bits, unpack_bits
@@ -19,6 +25,8 @@ from epdistill.robustness.subjects import Predict, Subject
 from epdistill.robustness.suites import QuickSuite
 
 Progress = Callable[[str, int, int], None]
+Key = Sequence[str | float | None]
+Unit = tuple[Key, Callable[[], Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +88,7 @@ class Units:
         journal: Where finished units are.
         meter: Told about work done.
         devices: Where models may draw random numbers.
+        team: The processes that share the units; all call the same methods in the same order.
     """
 
     def __init__(
@@ -88,37 +97,76 @@ class Units:
         journal: Journal,
         meter: Meter,
         devices: Sequence[torch.device | str] = (),
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
         self.task, self.journal, self.meter = task, journal, meter
         self._devices = tuple(devices)
 
-    def run(self, key: Sequence[str | float | None], work: Callable[[], Any]) -> Any:
+    def run(self, key: Key, work: Callable[[], Any], *, joint: bool = False) -> Any:
         """The JSON-ready result of `work`, from the journal if it is there.
 
         Args:
             key: Names the unit; also the seed of the random numbers that models draw.
             work: Computes it.
+            joint: `work` itself is shared out; otherwise rank 0 does it for all.
         """
         name = json.dumps(list(key))
-        found = self.journal.get(name)
-        if found is None:
-            with own_rng(self._devices, derive_seed(self.task.seed, "models", name)):
-                # As it will be read from the journal.
-                found = json.loads(json.dumps(work(), allow_nan=False))
-            self.journal.put(name, found)
-        return found
+        if self.journal.get(name) is None:
+            text = self._text((key, work)) if joint or self.team.first else ""
+            self.journal.put(name, json.loads(text if joint else self.team.tell(text.encode())))
+        return self.journal.get(name)
 
-    def batches(self, chosen: Tensor, cost: int, what: str) -> Iterator[Tensor]:
-        """The rows of the chosen images, (N,) bool, in batches; work is counted as it is done."""
+    def _text(self, unit: Unit) -> str:
+        """The result of a unit, as it will be read from the journal."""
+        key, work = unit
+        name = json.dumps(list(key))
+        with own_rng(self._devices, derive_seed(self.task.seed, "models", name)):
+            return json.dumps(work(), allow_nan=False)
+
+    def prepare(self, units: Sequence[Unit]) -> None:
+        """Do independent units that are not in the journal, one per process at a time.
+
+        Alone there is nothing to share: `run` does them when their turn comes.
+        """
+        if self.team.size == 1:
+            return
+        names = [json.dumps(list(key)) for key, _ in units]
+        left = [number for number, name in enumerate(names) if self.journal.get(name) is None]
+        for start in range(0, len(left), self.team.size):
+            some = left[start : start + self.team.size]
+            texts = self.team.share_out([units[number] for number in some], self._text)
+            for number, text in zip(some, texts, strict=True):
+                self.journal.put(names[number], json.loads(text))
+
+    def batches(
+        self, chosen: Tensor, cost: int, what: str, unit: Callable[[Tensor], Unit]
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """Run a unit on every batch of the chosen images; work is counted as it is done.
+
+        Args:
+            chosen: (N,) bool.
+            cost: Forward passes per image.
+            what: Said while it is done.
+            unit: The unit of a batch, given by its rows (n,); units do not depend on each other.
+
+        Yields:
+            The rows of a batch, and its unit's result.
+        """
         numbers = chosen.nonzero().flatten()
         self.meter.add(what, cost * (self.task.n - len(numbers)))
-        for part in split(numbers, self.task.batch_size):
-            yield part
-            self.meter.add(what, cost * len(part))
+        parts = split(numbers, self.task.batch_size)
+        for start in range(0, len(parts), self.team.size):
+            some = parts[start : start + self.team.size]
+            units = [unit(part) for part in some]
+            self.prepare(units)
+            for part, (key, work) in zip(some, units, strict=True):
+                yield part, self.run(key, work)
+                self.meter.add(what, cost * len(part))
 
     def wrong(
         self,
-        key: Sequence[str | float | None],
+        key: Key,
         subject: Subject,
         predict: Predict,
         made: Callable[[], Tensor] | None = None,
@@ -131,15 +179,25 @@ class Units:
             predict: What is judged.
             made: Gives what is shown instead, (N,C,H,W) uint8, such as corrupted images.
         """
+        # A stochastic subject's draws over all batches are one stream.
+        team = ALONE if subject.stochastic else self.team
+        judge = partial(self.judge, subject, predict, made, team)
+        return unpack_bits(self.run(key, judge, joint=team is self.team), self.task.n)
+
+    def judge(
+        self, subject: Subject, predict: Predict, made: Callable[[], Tensor] | None, team: Team
+    ) -> str:
+        """The work of `wrong`, whose batches a team may share out."""
         task = self.task
+        images = task.images if made is None else made()
 
-        def judge() -> str:
-            images = task.images if made is None else made()
-            parts = split(torch.arange(task.n), task.batch_size)
-            found = [errs(subject, predict, images[p].float() / 255, task.labels[p]) for p in parts]
-            return pack_bits(torch.cat(found))
+        def look(part: Tensor) -> list[bool]:
+            pixels = images[part].float() / 255
+            found: list[bool] = errs(subject, predict, pixels, task.labels[part]).tolist()
+            return found
 
-        return unpack_bits(self.run(key, judge), task.n)
+        parts = team.share_out(split(torch.arange(task.n), task.batch_size), look)
+        return pack_bits(torch.tensor([flag for part in parts for flag in part]))
 
 
 def part_key(part: Tensor) -> str:

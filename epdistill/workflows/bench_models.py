@@ -99,7 +99,7 @@ def untrained(recipe: Recipe, threads: int) -> Timed:
     data = stand_in(recipe, images=max(BATCH_SIZES))
     teacher = build_teacher(recipe, data).eval()
     folded = build_student(recipe, teacher).folded().eval()
-    images = to_float(data.test.images)
+    images = to_float(data.test.images[:])
     with tempfile.TemporaryDirectory() as folder:
         path, quantised = Path(folder) / EXPORTED, Path(folder) / "int8.onnx"
         export_onnx(

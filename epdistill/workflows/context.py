@@ -13,6 +13,7 @@ import torch
 from epdistill import __version__
 from epdistill.console import Reporter
 from epdistill.data import DataSet, describe, load
+from epdistill.distributed import ALONE, Team
 from epdistill.errors import RecipeError, RunError
 from epdistill.memory import keep_freed_memory
 from epdistill.recipes import DataRecipe
@@ -31,6 +32,7 @@ class Context:
         download: Whether a missing data set may be fetched.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         reporter: Where progress goes.
+        team: The processes that do the work together; rank 0 writes.
     """
 
     runs: Path = DEFAULT_RUNS
@@ -38,6 +40,7 @@ class Context:
     download: bool = False
     device: str = "auto"
     reporter: Reporter = field(default_factory=Reporter)
+    team: Team = ALONE
 
     def __post_init__(self) -> None:
         keep_freed_memory()
@@ -69,15 +72,22 @@ class Context:
             image_size=recipe.image_size,
             validation_fraction=recipe.validation_fraction,
             seed=seed,
+            stream=recipe.stream,
+            workers=recipe.workers,
         )
 
-    def data_of(self, run: Run) -> DataSet:
+    def data_of(self, run: Run, how: DataRecipe | None = None) -> DataSet:
         """The data set a run was trained on, checked to be the same test images.
+
+        Args:
+            run: The run.
+            how: Says how it is read, streamed or not; the run's own recipe without it.
 
         Raises:
             RunError: The files hold other images than those the run was trained with.
         """
         note = run.config["data"]
+        streamed = how or DataRecipe(**run.config.get("recipe", {}).get("data", {}))
         root = self.data_root or (Path(note["root"]) if note["root"] else None)
         data = load(
             note["name"],
@@ -87,6 +97,8 @@ class Context:
             validation_fraction=note["validation_fraction"],
             seed=note["seed"],
             limit=note["limit"],
+            stream=streamed.stream,
+            workers=streamed.workers,
         )
         if describe(data)["test_sha256"] != note["test_sha256"]:
             raise RunError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epdistill.data import DataSet, Split, describe, to_float
+from epdistill.data import DataSet, Split, batches, describe, to_float
 from epdistill.errors import RecipeError, RunError
 from epdistill.loading import load_epcnn, load_student, load_teacher, model_name
 from epdistill.recipes import EP_CNN
@@ -212,7 +212,7 @@ def _reduced_files(
 
     content, manifest = read_source(path)
     judged = Split(data.validation.images[:JUDGED_IMAGES], data.validation.labels[:JUDGED_IMAGES])
-    images, labels = to_float(judged.images).numpy(), judged.labels.numpy()
+    images, labels = to_float(judged.images[:]).numpy(), judged.labels.numpy()
     made = []
     if wanted.int8:
         chosen = calibration_choice(len(data.train.images), seed)
@@ -243,10 +243,9 @@ def _with_test_accuracy(found: ReducedResult, test: Split) -> ReducedResult:
     from epdistill.export.runtime import OnnxClassifier
 
     classifier = OnnxClassifier.open_checked(found.path, threads=torch.get_num_threads())
-    parts = (torch.split(tensor, BATCH_SIZE) for tensor in (test.images, test.labels))
-    batches = zip(*parts, strict=True)
     right = sum(
-        int((classifier(to_float(images)).argmax(1) == labels).sum()) for images, labels in batches
+        int((classifier(to_float(images)).argmax(1) == labels).sum())
+        for images, labels in batches(test, BATCH_SIZE, generator=None)
     )
     figures = {
         "test_accuracy": right / len(test.labels),

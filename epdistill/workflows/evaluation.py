@@ -19,7 +19,7 @@ from epdistill.workflows.request import (
     Asked,
     chosen_suite,
     forget,
-    open_journal,
+    open_together,
     unfinished_evaluation,
 )
 from epdistill.workflows.subjects import onnx_subject, run_subject
@@ -129,7 +129,7 @@ def evaluate(
         split=chosen,
     )
     header = _header(asked, suite, subjects, split, device, official)
-    folder, journal = open_journal(header, context, out, resumed)
+    folder, journal = open_together(header, context, out, resumed)
     again = told(resume_command("evaluate", folder), lambda: "what was found out is kept")
     with again, journal, context.reporter.bar("evaluate", 1) as bar:
         for note in journal.notes:
@@ -149,13 +149,16 @@ def evaluate(
                 journal=journal,
                 diagnose=bool(asked.diagnose),
                 official=official,
+                team=context.team,
             )
         except EpdistillError as error:
-            if journal.empty and not isinstance(error, DiskError):
+            if journal.empty and context.team.first and not isinstance(error, DiskError):
                 forget(folder)
             raise
         evaluation = replace(evaluation, split=chosen)
         results = summary(evaluation)
+        if not context.team.first:
+            return Evaluated(folder, results)
         draw(results, folder)
         # results.json comes last: with it the evaluation is complete.
         write_results(evaluation, folder)

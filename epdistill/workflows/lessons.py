@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from epdistill.data import DataSet, Split
+from epdistill.distributed import ALONE, Team, synchronised
 from epdistill.recipes import EP_CNN, Recipe
 from epdistill.training import Task
 
@@ -40,6 +41,7 @@ def lesson_for(
     device: torch.device,
     dtype: torch.dtype,
     tell: Callable[[str], None],
+    team: Team = ALONE,
 ) -> Lesson:
     """The freshly initialised teacher that a recipe names, and all that is needed to train it.
 
@@ -49,13 +51,14 @@ def lesson_for(
         device: Where it lives.
         dtype: Of its weights.
         tell: Hears of troubles on the way.
+        team: The processes that teach it together.
 
     Raises:
         RecipeError: It cannot take these images.
     """
     if recipe.model == EP_CNN:
-        return _ep_cnn(recipe, data, device, dtype, tell)
-    return _baseline(recipe, data, device, dtype)
+        return _ep_cnn(recipe, data, device, dtype, tell, team)
+    return _baseline(recipe, data, device, dtype, team)
 
 
 def _ep_cnn(
@@ -64,6 +67,7 @@ def _ep_cnn(
     device: torch.device,
     dtype: torch.dtype,
     tell: Callable[[str], None],
+    team: Team,
 ) -> Lesson:
     from epdistill.teachers.teach import TeachTask, build_teacher, measure
 
@@ -74,24 +78,27 @@ def _ep_cnn(
     }
     return Lesson(
         model,
-        TeachTask(model, recipe, data.validation, tell),
+        TeachTask(model, recipe, data.validation, tell, team),
         described,
-        lambda split: asdict(measure(model, split)),
+        lambda split: asdict(measure(model, split, team=team)),
         recipe.teacher.epochs,
         recipe.teacher.batch_size,
     )
 
 
-def _baseline(recipe: Recipe, data: DataSet, device: torch.device, dtype: torch.dtype) -> Lesson:
+def _baseline(
+    recipe: Recipe, data: DataSet, device: torch.device, dtype: torch.dtype, team: Team
+) -> Lesson:
     from epdistill.teachers.baselines.registry import build_baseline
     from epdistill.teachers.baselines.tasks import TASKS, measure
 
     model = build_baseline(recipe, data).to(device, dtype)
+    synchronised(model, team, device)
     own = getattr(recipe.baselines, recipe.model.replace("-", "_"))
 
     def figures(split: Split) -> dict[str, float]:
-        found = asdict(measure(model, split, recipe.seed))
+        found = asdict(measure(model, split, recipe.seed, team=team))
         return {name: value for name, value in found.items() if value is not None}
 
-    task = TASKS[recipe.model](model, recipe, data.validation)
+    task = TASKS[recipe.model](model, recipe, data.validation, team)
     return Lesson(model, task, model.describe(), figures, own.epochs, own.batch_size)

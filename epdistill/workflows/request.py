@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -197,6 +198,23 @@ def _offer(context: Context) -> None:
         folder = newest.parent
         if begun(folder) and not in_use(folder):
             offer(context, "evaluate", folder)
+
+
+def open_together(
+    header: Mapping[str, Any], context: Context, out: Path | None, resumed: Path | None
+) -> tuple[Path, Journal]:
+    """`open_journal` by rank 0; the others learn of its folder and of the units it knows."""
+    from epdistill.robustness.journal import Journal
+
+    team = context.team
+    if team.size == 1:
+        return open_journal(header, context, out, resumed)
+    if team.first:
+        folder, journal = open_journal(header, context, out, resumed)
+        team.tell(json.dumps([str(folder), dict(journal.units)]).encode())
+        return folder, journal
+    place, known = json.loads(team.tell(b""))
+    return Path(place), Journal.of(known)
 
 
 def forget(folder: Path) -> None:

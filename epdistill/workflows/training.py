@@ -14,6 +14,7 @@ import torch
 from epdistill.augment import Augmentation
 from epdistill.checkpoints import forget_checkpoints
 from epdistill.data import DataSet, describe, to_float
+from epdistill.distributed import synchronised
 from epdistill.errors import DiskError, RecipeError, RunError
 from epdistill.loading import load_teacher
 from epdistill.recipes import Recipe
@@ -87,7 +88,7 @@ def teach(
         if out is None:
             offer_run(context, "teacher")
     device = context.torch_device()
-    lesson = lesson_for(recipe, data, device, dtype_of(recipe), context.reporter.line)
+    lesson = lesson_for(recipe, data, device, dtype_of(recipe), context.reporter.line, context.team)
     if folder is None:
         folder, config = _open_folder(
             context, out, "teacher", recipe, data, {"name": recipe.model, **lesson.described}, {}
@@ -105,7 +106,7 @@ def teach(
         "published": published_accuracy(recipe),
         "seconds": seconds,
     }
-    return _finish(folder, config, lesson.model, results)
+    return _finish(folder, config, lesson.model, results, context)
 
 
 def distill(
@@ -152,11 +153,17 @@ def distill(
             recipe = inherit(given, overrides or {}, recipe.name)
         recipe = _on_data_of(recipe, source)
     require_finished(source)
-    data = context.data_of(source)
+    data = context.data_of(source, recipe.data)
     device = context.torch_device()
     master = load_teacher(source).to(device)
     check(recipe.student, master, data)
+    if recipe.student.cached_views and context.team.size > 1:
+        raise RecipeError(
+            f"cached_views = {recipe.student.cached_views} with {context.team.size} processes, "
+            "which cannot share the file; expected 0: the teacher answers online in each of them"
+        )
     student = build_student(recipe, master).to(device)
+    synchronised(student, context.team, device)
     if folder is None:
         pointer = {
             "path": str(source.path),
@@ -170,13 +177,13 @@ def distill(
         cache = cache_for(recipe.student, student, master, data, folder)
     if cache is not None:
         context.reporter.line(f"{cache.path}: up to {cache.size_bytes / 1e9:.2f} GB of answers")
-    task = DistillTask(student, master, recipe, data.validation, cache)
+    task = DistillTask(student, master, recipe, data.validation, cache, context.team)
     context.reporter.line(f"distilling from {source.path}")
     seconds = _train(
         task, folder, config, recipe, data, context, device,
         title="distill", epochs=recipe.student.epochs, batch_size=recipe.student.batch_size,
     )  # fmt: skip
-    found = fidelities(student, master, data.test, recipe.student, recipe.seed)
+    found = fidelities(student, master, data.test, recipe.student, recipe.seed, context.team)
     folded = student.folded().eval()
     sample = to_float(data.validation.images[:1].to(device))
     results = {
@@ -189,7 +196,7 @@ def distill(
         "flops": flops(folded, sample),
         "seconds": seconds,
     }
-    trained = _finish(folder, config, student, results)
+    trained = _finish(folder, config, student, results, context)
     if cache is not None:
         cache.remove()
     return trained
@@ -258,7 +265,9 @@ def _open_folder(
 ) -> tuple[Path, dict[str, Any]]:
     """Make the run's folder and write down what is about to happen."""
     label = recipe.student.name.replace(":", "-") if kind == "student" else recipe.model
-    folder = new_run_folder(out, context.runs, f"{recipe.name}-{label}")
+    stem = f"{recipe.name}-{label}"
+    made = str(new_run_folder(out, context.runs, stem)) if context.team.first else ""
+    folder = Path(context.team.tell(made.encode()).decode())
     config = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -268,8 +277,10 @@ def _open_folder(
         "data": describe(data),
         "model": model,
         **extra,
-        "environment": environment(),
+        "environment": {**environment(), "processes": context.team.size},
     }
+    if not context.team.first:
+        return folder, config
     try:
         write_json(folder / CONFIG, config)
     except DiskError:  # nothing has begun
@@ -308,14 +319,21 @@ def _train(
             seed=recipe.seed,
             device=device,
             reporter=context.reporter,
+            team=context.team,
         )
     return time.monotonic() - start
 
 
 def _finish(
-    folder: Path, config: dict[str, Any], model: torch.nn.Module, results: dict[str, Any]
+    folder: Path,
+    config: dict[str, Any],
+    model: torch.nn.Module,
+    results: dict[str, Any],
+    context: Context,
 ) -> Trained:
     """Write weights, results and card; the run counts as finished with the last rename."""
+    if not context.team.first:
+        return Trained(Run(folder, {**config, "results": results}), results)
     with training_in(folder, config["kind"]):
         digest = save_weights(folder, model.state_dict())
         config = {**config, "finished": now(), "weights_sha256": digest, "results": results}

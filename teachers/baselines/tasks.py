@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
 from epdistill.data import Split, to_float
+from epdistill.distributed import ALONE, Team
 from epdistill.recipes import AdversarialRecipe, ConvRecipe, Recipe
 from epdistill.robustness.attacks import PGDSettings, pgd_l2, pgd_linf
 from epdistill.teachers.baselines.base import Baseline
@@ -50,28 +51,43 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    model: Baseline, split: Split, seed: int, *, batch_size: int = EVALUATION_BATCH
+    model: Baseline,
+    split: Split,
+    seed: int,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    team: Team = ALONE,
 ) -> Measured:
-    """Accuracy on a split, every image once; `seed` fixes a stochastic network's noise."""
+    """Accuracy on a split, every image once; `seed` fixes a stochastic network's noise.
+
+    A team shares out the batches, but for a stochastic network: its noise is one stream.
+    """
     training, device = model.training, model.mean.device
     model.eval()
-    right = expected = 0
+
+    def count(start: int) -> tuple[int, int]:
+        images = to_float(split.images[start : start + batch_size].to(device))
+        labels = split.labels[start : start + batch_size].to(device)
+        right, expected = int((model(images).argmax(1) == labels).sum()), 0
+        if model.stochastic:
+            expected = int((model.targets(images).logits.argmax(1) == labels).sum())
+        return right, expected
+
     with seeded(seed_of(seed, 2), device):
-        for start in range(0, len(split), batch_size):
-            images = to_float(split.images[start : start + batch_size].to(device))
-            labels = split.labels[start : start + batch_size].to(device)
-            right += int((model(images).argmax(1) == labels).sum())
-            if model.stochastic:
-                expected += int((model.targets(images).logits.argmax(1) == labels).sum())
+        sharing = ALONE if model.stochastic else team
+        found = sharing.share_out(range(0, len(split), batch_size), count)
     model.train(training)
+    right, expected = (sum(part[i] for part in found) for i in range(2))
     return Measured(right / len(split), expected / len(split) if model.stochastic else None)
 
 
 class BaselineTask:
     """Descending a loss on augmented images; the subclasses say which, where and how."""
 
-    def __init__(self, model: Baseline, recipe: Recipe, validation: Split) -> None:
-        self.model, self.validation = model, validation
+    def __init__(
+        self, model: Baseline, recipe: Recipe, validation: Split, team: Team = ALONE
+    ) -> None:
+        self.model, self.validation, self.team = model, validation, team
         self.seed, self.baselines = recipe.seed, recipe.baselines
         self.optimiser = self.make_optimiser()
         for group in self.optimiser.param_groups:
@@ -100,18 +116,24 @@ class BaselineTask:
             group["lr"] = group["base"] * self.rate(batch)
         self.model.train()
         seed = int(torch.randint(2**62, (), generator=batch.generator))
-        with seeded(seed, self.model.mean.device):
+        # Two processes must not draw the same noise for different images.
+        own = seed if self.team.first else seed_of(seed, self.team.rank)
+        with seeded(own, self.model.mean.device):
             logits = self.model(self.place(batch, seed))
         loss = self.loss(logits, batch.labels)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        count = len(batch.labels)
+        self.team.average_gradients(self.model.parameters(), count)
         self.optimiser.step()
+        self.team.share_buffers(self.model)
         accuracy = (logits.argmax(1) == batch.labels).double().mean()
-        return {"loss": float(loss.detach()), "accuracy": float(accuracy)}
+        return self.team.mean({"loss": float(loss.detach()), "accuracy": float(accuracy)}, count)
 
     def validate(self) -> dict[str, float]:
         """Accuracy on the validation split."""
-        return {"accuracy": measure(self.model, self.validation, self.seed).accuracy}
+        found = measure(self.model, self.validation, self.seed, team=self.team)
+        return {"accuracy": found.accuracy}
 
     def state(self) -> dict[str, Tensor]:
         """Weights, buffers and what the optimiser remembers."""
@@ -182,8 +204,13 @@ class VitTask(BaselineTask):
         if own.auto_augment == "none":
             return batch.images
         augment = AutoAugment(AutoAugmentPolicy(own.auto_augment))
-        pixels = (255 * batch.images).round().to(torch.uint8)
-        return to_float(torch.stack([augment(image) for image in pixels]))
+        # The policies come from one stream: every process of a team draws those of the whole batch.
+        images = self.team.gather(batch.images, batch.shard)
+        pixels = (255 * images).round().to(torch.uint8)
+        alone = self.team.size == 1
+        with nullcontext() if alone else seeded(seed, self.model.mean.device):
+            chosen = torch.stack([augment(image) for image in pixels])
+        return to_float(chosen[batch.shard.rows])
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy with smoothed labels."""
