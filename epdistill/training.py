@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 from pathlib import Path
@@ -27,7 +27,8 @@ from epdistill.augment import Augmentation
 from epdistill.console import SILENT, Reporter
 from epdistill.data import Split, to_float
 from epdistill.errors import DivergedError, RunError
-from epdistill.runs import METRICS, append_metrics, atomic_write, read_metrics
+from epdistill.runs import METRICS, atomic_write, read_metrics
+from epdistill.tracking import Track, tracking
 
 STATE = "state.safetensors"
 CHECKPOINT_SECONDS = 60.0
@@ -138,6 +139,7 @@ def fit(
     device: torch.device,
     reporter: Reporter = SILENT,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    track: Sequence[Track] = (),
 ) -> dict[str, float]:
     """Train `task`, continuing from the folder's checkpoint if there is one.
 
@@ -153,6 +155,7 @@ def fit(
         device: Where steps run.
         reporter: Where progress goes.
         checkpoint_seconds: How long a crash may throw back; never steers the result.
+        track: Who else is told the figures (see `epdistill.tracking`).
 
     Returns:
         The last epoch's row of metrics.
@@ -173,7 +176,10 @@ def fit(
         _trim_metrics(folder, step)
         reporter.line(f"continuing at step {step} of {total}")
     saved = time.monotonic()
-    with reporter.bar(title, total, step) as bar:
+    with (
+        tracking(track, folder, step, reporter.line) as tell,
+        reporter.training(title, total, step, size) as live,
+    ):
         for epoch in range(step // per_epoch, epochs):
             order = torch.randperm(len(split), generator=generator_of(seed, epoch))
             for k in range(step % per_epoch, per_epoch):
@@ -192,14 +198,16 @@ def fit(
                 step += 1
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value
-                bar.advance(1, _show({n: s / (k + 1) for n, s in sums.items()}))
+                means = {name: value / (k + 1) for name, value in sums.items()}
+                live.step(means)
+                tell.moment(step, total, means)
                 if k + 1 < per_epoch and time.monotonic() - saved >= checkpoint_seconds:
                     save_checkpoint(folder, task, {"step": step, "sums": sums, "row": row})
                     saved = time.monotonic()
             train = {f"train.{name}": value / per_epoch for name, value in sums.items()}
             validation = {f"validation.{n}": value for n, value in task.validate().items()}
             row = {"step": step, "epoch": epoch + 1, **train, **validation}
-            append_metrics(folder, row)
+            tell.epoch(row)
             sums = {}
             save_checkpoint(folder, task, {"step": step, "sums": sums, "row": row})
             saved = time.monotonic()

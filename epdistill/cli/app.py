@@ -28,6 +28,7 @@ from epdistill.cli.flags import (
     RunsFlag,
     SeedFlag,
     SizeFlag,
+    TrackFlag,
     context_of,
     overrides_of,
     recipe_for,
@@ -93,6 +94,7 @@ def run_command(
     precision: PrecisionFlag = None,
     out: OutFlag = None,
     runs: RunsFlag = RUNS,
+    track: TrackFlag = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -105,7 +107,7 @@ def run_command(
         "teacher", data=data, image_size=image_size, epochs=epochs, seed=seed, precision=precision
     )
     overrides["student.epochs"] = epochs
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, track)
     finished = run_path(load_recipe(recipe or recipe_for(data), overrides), context, out=out)
     if json:
         emit_json(finished.summary)
@@ -141,6 +143,7 @@ def teach(
     out: OutFlag = None,
     resume: ResumeFlag = False,
     runs: RunsFlag = RUNS,
+    track: TrackFlag = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -160,7 +163,7 @@ def teach(
         precision=precision,
     )  # fmt: skip
     overrides["teacher.rule"] = rule
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, track)
     trained = work(load_recipe(source, overrides), context, out=out, resume=resume)
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
@@ -221,6 +224,7 @@ def distill(
     out: OutFlag = None,
     resume: ResumeFlag = False,
     runs: RunsFlag = RUNS,
+    track: TrackFlag = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -242,7 +246,7 @@ def distill(
         "student.epochs": epochs,
         "seed": seed,
     }
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, track)
     chosen = load_recipe(recipe) if recipe else None
     trained = work(chosen, context, teacher=teacher, out=out, resume=resume, overrides=overrides)
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,17 +38,30 @@ ResumeFlag = Annotated[
     bool, typer.Option("--resume", help="Continue --out, or the newest unfinished run.")
 ]
 RunsFlag = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+TrackFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track", help="Tell the figures also to: tensorboard.", show_default=False
+    ),
+]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 RUNS = Path("runs")
 
 
-def context_of(runs: Path, root: Path | None, download: bool, device: str, quiet: bool) -> Context:
+def context_of(
+    runs: Path,
+    root: Path | None,
+    download: bool,
+    device: str,
+    quiet: bool,
+    track: Sequence[str] | None = None,
+) -> Context:
     """The context that the shared flags ask for."""
     from epdistill.console import Reporter
     from epdistill.workflows.context import Context
 
-    return Context(runs, root, download, device, Reporter(quiet=quiet))
+    return Context(runs, root, download, device, Reporter(quiet=quiet), tuple(track or ()))
 
 
 def overrides_of(section: str, **values: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from epdistill.errors import RecipeError, RunError
 from epdistill.memory import keep_freed_memory
 from epdistill.recipes import DataRecipe
 from epdistill.runs import CONFIG, Run, open_run
+from epdistill.tracking import Track
+from epdistill.tracking import check as check_trackers
 
 DEFAULT_RUNS = Path("runs")
 
@@ -31,6 +33,7 @@ class Context:
         download: Whether a missing data set may be fetched.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         reporter: Where progress goes.
+        track: Who else is told the figures of a training: `"tensorboard"` or trackers.
     """
 
     runs: Path = DEFAULT_RUNS
@@ -38,8 +41,10 @@ class Context:
     download: bool = False
     device: str = "auto"
     reporter: Reporter = field(default_factory=Reporter)
+    track: tuple[Track, ...] = ()
 
     def __post_init__(self) -> None:
+        check_trackers(self.track)
         keep_freed_memory()
 
     def torch_device(self) -> torch.device:

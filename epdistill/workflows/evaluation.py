@@ -94,6 +94,7 @@ def evaluate(
         EvaluationError: A model that cannot be judged, or a folder that cannot be resumed.
     """
     from epdistill.robustness.drawing import draw
+    from epdistill.robustness.examples import find_examples, write_examples
     from epdistill.robustness.harness import evaluate as run_harness
     from epdistill.robustness.journal import read_header, remove
     from epdistill.robustness.results import summary, write_results
@@ -155,6 +156,17 @@ def evaluate(
         evaluation = replace(evaluation, split=chosen)
         results = summary(evaluation)
         draw(results, folder)
+        examples = find_examples(
+            subjects,
+            split.images,
+            split.labels,
+            numbers=evaluation.examples,
+            classes=data.classes,
+            suite=suite,
+            seed=seed,
+            split=chosen,
+        )
+        write_examples(examples, folder)
         # results.json comes last: with it the evaluation is complete.
         write_results(evaluation, folder)
         remove(folder)

@@ -290,6 +290,7 @@ def _train(
         seed=recipe.seed,
         device=device,
         reporter=context.reporter,
+        track=context.track,
     )
     return time.monotonic() - start
 
