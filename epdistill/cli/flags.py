@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from epdistill.workflows.context import Context
 
 RecipeFlag = Annotated[
-    str | None, typer.Option("--recipe", help="Bundled recipe or TOML file.", show_default=False)
+    str | None, typer.Option("--recipe", help="Bundled recipe, TOML file, or a run's folder.", show_default=False)
 ]
 DataFlag = Annotated[
     str | None,

@@ -28,7 +28,7 @@ from epdistill.robustness.attacks import PGDSettings, pgd_l2, pgd_linf
 from epdistill.robustness.corruptions import corrupt
 from epdistill.robustness.guards import L2, LINF, derive_seed, evaluation_mode
 from epdistill.robustness.pictures import adversarial_grid, save
-from epdistill.robustness.shares import ball
+from epdistill.robustness.shares import ball as in_words
 from epdistill.robustness.subjects import Subject
 from epdistill.robustness.suites import QuickSuite
 from epdistill.robustness.units import named, own_rng
@@ -73,6 +73,25 @@ class Examples:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
+def telling_radius(results: Mapping[str, Any], suite: QuickSuite) -> tuple[str, float]:
+    """The norm and radius worth looking at: where half of the images of some model are broken.
+
+    That is the smallest such radius among Linf (L2 without any), or the largest of all.
+
+    Args:
+        results: The content of results.json.
+        suite: Whose radii stand for what was not attacked at all.
+    """
+    for norm in (LINF, L2):
+        rows = [row for model in results["models"] for row in model["worst_case"]]
+        found = sorted((row["eps"], row["accuracy"]) for row in rows if row["norm"] == norm)
+        found = [(eps, accuracy) for eps, accuracy in found if eps > 0]
+        if found:
+            return norm, next((eps for eps, accuracy in found if accuracy <= 0.5), found[-1][0])
+    norm = LINF if suite.linf or not suite.l2 else L2
+    return norm, (suite.middle(norm) or (8 / 255,))[0]
+
+
 def find_examples(
     subjects: Sequence[Subject],
     images: Tensor,
@@ -80,6 +99,7 @@ def find_examples(
     *,
     numbers: Tensor,
     classes: Sequence[str],
+    ball: tuple[str, float],
     suite: QuickSuite,
     seed: int,
     split: str,
@@ -92,15 +112,15 @@ def find_examples(
         labels: (N,) int64.
         numbers: (M,) int64, the images that were evaluated; the first few are taken.
         classes: Names of the classes.
-        suite: Whose middle radius, corruptions and severities are shown.
+        ball: Norm and radius of the attack, as `telling_radius` chooses them.
+        suite: Whose corruptions and severities are shown.
         seed: Fixes everything random; the global generators are neither read nor moved.
         split: `test` or `validation`.
     """
     chosen = numbers[:COUNT]
     pixels, truth = images[chosen].cpu(), labels[chosen].cpu()
     clean = pixels.float() / 255
-    norm = LINF if suite.linf else L2
-    (eps,) = suite.middle(norm) or (8 / 255,)
+    norm, eps = ball
     corrupted = _corrupted(pixels, suite, seed)
     adversarial: dict[str, Tensor] = {}
     views: dict[str, str] = {}
@@ -204,7 +224,7 @@ def write_examples(examples: Examples, folder: Path) -> None:
             examples.labels,
             examples.adversarial,
             {name: examples.answers[name][ADVERSARIAL] for name in examples.adversarial},
-            title=f"PGD, {STEPS} steps, {ball(examples.norm, examples.eps)}",
+            title=f"PGD, {STEPS} steps, {in_words(examples.norm, examples.eps)}",
         )
         save(figure, folder / f"examples-{examples.norm}")
 
