@@ -26,7 +26,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-_PERCENT = {"accuracy": "accuracy", "converged": "settled", "settled": "settled", "tipped": "tipped"}
+_PERCENT = {
+    "accuracy": "accuracy",
+    "converged": "settled",
+    "settled": "settled",
+    "tipped": "tipped",
+}
 _SHORT = {"sweeps": ".1f", "residual": ".1e"}
 REFRESHES = 4  # per second
 

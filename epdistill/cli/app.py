@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -391,26 +390,19 @@ def check_theorem(
 @app.command()
 def report(
     models: Annotated[
-        list[Path] | None, typer.Argument(help="Runs; the newest teacher and student without any.")
+        list[Path] | None, typer.Argument(help="Runs; the newest student and its teacher without any.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file.")] = None,
     runs: RunsFlag = RUNS,
     json: JsonFlag = False,
 ) -> None:
     """One self-contained HTML page about runs."""
-    from epdistill.errors import RunError
-    from epdistill.runs import newest_run, open_run
-    from epdistill.workflows.context import require_finished
-    from epdistill.workflows.report import report as work
+    from epdistill.workflows.report import report_on
 
-    if models:
-        chosen = [require_finished(open_run(path)) for path in models]
-    else:
-        chosen = [newest_run(runs, "teacher")]
-        with suppress(RunError):  # a teacher alone is worth a page too
-            chosen.append(newest_run(runs, "student"))
-    page = work(chosen, out or runs / "report.html")
+    page = report_on(models or [], runs, out=out)
     if json:
         emit_json({"report": str(page)})
     else:
-        show_table(str(page), ["report", "value"], [["runs", str(len(chosen))]], None)
+        show_table(
+            str(page), ["report", "value"], [["KiB", f"{page.stat().st_size / 1024:,.0f}"]], None
+        )

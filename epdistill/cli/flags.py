@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from epdistill.workflows.context import Context
 
 RecipeFlag = Annotated[
-    str | None, typer.Option("--recipe", help="Bundled recipe, TOML file, or a run's folder.", show_default=False)
+    str | None,
+    typer.Option(
+        "--recipe", help="Bundled recipe, TOML file, or a run's folder.", show_default=False
+    ),
 ]
 DataFlag = Annotated[
     str | None,
@@ -40,9 +43,7 @@ ResumeFlag = Annotated[
 RunsFlag = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
 TrackFlag = Annotated[
     list[str] | None,
-    typer.Option(
-        "--track", help="Tell the figures also to: tensorboard.", show_default=False
-    ),
+    typer.Option("--track", help="Tell the figures also to: tensorboard.", show_default=False),
 ]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]

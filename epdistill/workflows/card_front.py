@@ -38,7 +38,10 @@ def front_matter(run: Run, robustness: Mapping[str, Any] | None, licence: str) -
     if run.kind == "teacher":
         tags += [model_name(run), *(["equilibrium-propagation"] if _by_ep(run) else [])]
     else:
-        tags += [run.config["recipe"]["student"]["name"].replace(":", "-"), "knowledge-distillation"]
+        tags += [
+            run.config["recipe"]["student"]["name"].replace(":", "-"),
+            "knowledge-distillation",
+        ]
     results = run.config["results"]
     metrics = [("accuracy", "test accuracy", results["accuracy"])]
     if robustness is not None and robustness["split"] == "test":

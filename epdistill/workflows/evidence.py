@@ -74,9 +74,7 @@ def exports_of(run: Run) -> tuple[Exports, ...]:
     return tuple(found)
 
 
-def newest_bench(
-    runs: Path, run: Run, also: Sequence[Path] = ()
-) -> dict[str, Any] | None:
+def newest_bench(runs: Path, run: Run, also: Sequence[Path] = ()) -> dict[str, Any] | None:
     """The newest timings of a student, None where there are none since its training."""
     trained = datetime.datetime.fromisoformat(run.config["finished"]).timestamp()
     for when, path in newest_first(runs, BENCH, also):

@@ -52,9 +52,7 @@ def newest_first(runs: Path, name: str, also: Sequence[Path] = ()) -> list[tuple
     return sorted(((p.stat().st_mtime, p) for p in paths if p.is_file()), reverse=True)
 
 
-def newest_robustness(
-    runs: Path, run: Run, also: Sequence[Path] = ()
-) -> dict[str, Any] | None:
+def newest_robustness(runs: Path, run: Run, also: Sequence[Path] = ()) -> dict[str, Any] | None:
     """What the newest evaluation of a run found, None where there is none.
 
     Only evaluations later than the run's training count: an earlier run may have had its name.
