@@ -390,7 +390,8 @@ def check_theorem(
 @app.command()
 def report(
     models: Annotated[
-        list[Path] | None, typer.Argument(help="Runs; the newest student and its teacher without any.")
+        list[Path] | None,
+        typer.Argument(help="Runs; the newest student and its teacher without any."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file.")] = None,
     runs: RunsFlag = RUNS,

@@ -63,15 +63,17 @@ def chart(
         )
 
     parts = [f'<text class="title" x="2" y="13">{escape(title)}</text>']
-    for value in ticks(y_low, y_high):
+    for value in powers(y_low, y_high) if log else ticks(y_low, y_high):
         _, y = place((x_low, value))
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        text = f"{100 * value:.0f}" if percent else f"1e{value:.0f}" if log else f"{value:.4g}"
+        text = f"{100 * value:.0f}" if percent else f"{10**value:.0e}" if log else f"{value:.4g}"
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     bottom = HEIGHT - BOTTOM
     for value in ticks(x_low, x_high):
         at, _ = place((value, y_low))
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 15}" text-anchor="middle">{value:.4g}</text>')
+        parts.append(
+            f'<text x="{at:.1f}" y="{bottom + 15}" text-anchor="middle">{value:.4g}</text>'
+        )
     parts.append(f'<path class="axis" fill="none" d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>')
@@ -108,6 +110,14 @@ def ticks(low: float, high: float) -> list[float]:
         found.append(round(first * step, 12))
         first += 1
     return found
+
+
+def powers(low: float, high: float) -> list[float]:
+    """Logarithms of round numbers between two ends: powers of ten, with 2 and 5 where few."""
+    factors = (1, 2, 5) if high - low <= 2 else (1,)
+    whole = range(math.floor(low), math.ceil(high) + 1)
+    found = [power + math.log10(factor) for power in whole for factor in factors]
+    return [value for value in found if low - 1e-9 <= value <= high + 1e-9]
 
 
 def _line(line: Series, number: int, place: object, percent: bool, log: bool) -> str:

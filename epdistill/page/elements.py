@@ -45,33 +45,39 @@ def number(value: float, shown: str) -> Cell:
     return Cell(shown, value)
 
 
-def table(name: str, head: Sequence[str], rows: Sequence[Sequence[Cell | str]]) -> str:
+def table(
+    name: str, head: Sequence[str], rows: Sequence[Sequence[Cell | str]], *, stack: bool = False
+) -> str:
     """A table that sorts by a click on a head, and scrolls by itself where it is too wide.
 
     Args:
         name: What it shows, for those who do not see it.
         head: The columns' names.
         rows: As many cells each.
+        stack: On a phone each row becomes a block: for tables of words.
     """
     words = [
-        any(isinstance(row[place], str) and row[place] for row in rows) for place in range(len(head))
+        any(isinstance(row[place], str) or row[place].kind for row in rows)
+        for place in range(len(head))
     ]
     top = "".join(
         f'<th scope="col"{_kind("words" if left else "")}>{escape(text)}</th>'
         for text, left in zip(head, words, strict=True)
     )
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    labels = list(head) if stack else [""] * len(head)
+    body = "".join(f"<tr>{''.join(map(_cell, row, labels))}</tr>" for row in rows)
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">'
-        f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<table class="sortable{" stack" if stack else ""}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
-def _cell(cell: Cell | str) -> str:
+def _cell(cell: Cell | str, label: str) -> str:
     if isinstance(cell, str):
         cell = Cell(cell, kind="words")
     value = "" if cell.value is None else f' data-v="{cell.value!r}"'
-    return f"<td{_kind(cell.kind)}{value}>{escape(cell.text)}</td>"
+    told = f' data-l="{escape(label)}"' if label else ""
+    return f"<td{_kind(cell.kind)}{value}{told}>{escape(cell.text)}</td>"
 
 
 def _kind(kind: str) -> str:
@@ -115,7 +121,5 @@ def picture(image: Tensor, text: str) -> str:
 
 def letters(names: Sequence[str]) -> dict[str, str]:
     """A letter for every name: A, B, ..., Z, A2, ..."""
-    marks = (
-        f"{chr(65 + place % 26)}{'' if place < 26 else place // 26 + 1}" for place in count()
-    )
+    marks = (f"{chr(65 + place % 26)}{'' if place < 26 else place // 26 + 1}" for place in count())
     return dict(zip(names, marks, strict=False))

@@ -32,12 +32,13 @@ def examples(found: Examples | None) -> str:
         head += [f"attacked: {marks[name]}", f"change × {factor:g}"]
     head += list(found.corrupted)
     rows = "".join(
-        f"<tr>{''.join(_row(found, place, marks, factor))}</tr>" for place in range(len(found.labels))
+        f"<tr>{''.join(_row(found, place, marks, factor))}</tr>"
+        for place in range(len(found.labels))
     )
     top = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     legend = "; ".join(f"{mark} = {name}" for name, mark in marks.items())
     words = (
-        f"{legend}. Below each image stands what the models answer, struck red where it is wrong. "
+        f"{legend}. Below each image stands what the models answer, red with a cross where it is wrong. "
         f"Attacked: PGD, {STEPS} steps, {ball(found.norm, found.eps)}, along "
         f"{_views(found, marks)}; an illustration that counts for nothing in the tables. Change: "
         "grey is none."

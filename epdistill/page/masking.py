@@ -29,14 +29,18 @@ def masking(results: dict[str, Any] | None) -> str:
 def _model(model: dict[str, Any]) -> list[str]:
     found = model["diagnosis"]
     rows: list[list[Cell | str]] = []
+    silent = []
     for check in found["checks"]:
         value, status = check["value"], check["status"]
+        if status not in _ORDER:
+            silent.append(f"{check['number']} {check['name']}")
+            continue
         bad = status in ("WARN", "FAIL")
         shown = f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
         rows.append(
             [
                 Cell(f"{check['number']} {check['name']}", float(check["number"])),
-                Cell(status, _ORDER.get(status, 3.0), f"words {status}" if bad or status == "PASS" else "words"),
+                Cell(status, _ORDER[status], f"words {status}"),
                 Cell(shown, float(value) if isinstance(value, int | float) else None),
                 Cell(check["threshold"], kind="wide"),
                 Cell(f"{check['detail']}: {check['todo']}" if bad else "", kind="wide"),
@@ -47,8 +51,10 @@ def _model(model: dict[str, Any]) -> list[str]:
     parts = [
         heading(f"{model['name']} ({model['kind']}), n = {found['n']}{where}"),
         paragraph(found["text"], "note FAIL" if found["masking_evidence"] else "note PASS"),
-        table(f"Checks of {model['name']}", head, rows),
+        table(f"Checks of {model['name']}", head, rows, stack=True),
     ]
+    if silent:
+        parts.append(paragraph(f"Not applicable: {', '.join(silent)}.", "soft"))
     horizons = [row for check in found["checks"] for row in check.get("table") or []]
     if horizons:
         parts += [

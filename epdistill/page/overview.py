@@ -28,8 +28,8 @@ def overview(runs: Sequence[Run]) -> str:
                 number(config["recipe"]["seed"], str(config["recipe"]["seed"])),
             ]
         )
-    head = ["run", "what", "data", "test accuracy", "n", "same label as its teacher"]
-    head += ["sweeps per image", "parameters", "seconds of training", "seed"]
+    head = ["run", "what", "data", "test accuracy", "n", "same label as teacher"]
+    head += ["sweeps", "parameters", "seconds", "seed"]
     return section("runs", "Runs", table("Runs", head, rows), *_settling(runs))
 
 

@@ -26,7 +26,9 @@ def robustness(results: dict[str, Any] | None) -> str:
     models = results["models"]
     head = ["threat", *(f"{model['name']} ({model['kind']})" for model in models)]
     charts = "".join(
-        chart(f"accuracy under the worst attack, %, {title}", _curves(models, norm), x=x, percent=True)
+        chart(
+            f"accuracy under the worst attack, %, {title}", _curves(models, norm), x=x, percent=True
+        )
         for norm, title, x in ((LINF, "Linf", "radius, 1/255"), (L2, "L2", "radius"))
     )
     parts = [

@@ -21,12 +21,12 @@ class _Plot:
 
 _PLOTS = (
     _Plot("loss", {"train.loss": "training"}),
-    _Plot(
-        "accuracy, %", {"train.accuracy": "training", "validation.accuracy": "validation"}, True
-    ),
+    _Plot("accuracy, %", {"train.accuracy": "training", "validation.accuracy": "validation"}, True),
     _Plot("sweeps per image", {"train.sweeps": "training", "validation.sweeps": "validation"}),
     _Plot("largest residual of a batch", {"train.residual": "training"}, log=True),
-    _Plot("settled, %", {"train.converged": "training", "train.settled": "teacher, training"}, True),
+    _Plot(
+        "settled, %", {"train.converged": "training", "train.settled": "teacher, training"}, True
+    ),
     _Plot("same label as the teacher, %", {"validation.agreement": "validation"}, True),
     _Plot("R² of the states", {"validation.r2": "validation"}),
 )

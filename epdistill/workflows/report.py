@@ -125,7 +125,9 @@ def report(
         ("again", "Make it again", making(runs, lines)),
     ]
     title = ", ".join(run.name for run in runs)
-    foot = f'<p class="soft">epdistill {escape(__version__)}, {now()[:16].replace("T", " ")} UTC</p>'
+    foot = (
+        f'<p class="soft">epdistill {escape(__version__)}, {now()[:16].replace("T", " ")} UTC</p>'
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, document(title, sections, foot))
