@@ -2,7 +2,7 @@
 
 Every command of the command line is a function here, loaded when it is first used:
 `run`, `teach`, `distill`, `ablate`, `evaluate`, `export`, `load`, `predict`, `bench`,
-`bench_dynamics`, `check_theorem`, `report` and `serve`. They are described in `epdistill.api`.
+`bench_dynamics`, `plan_ablation`, `check_theorem`, `report` and `serve`. They are described in `epdistill.api`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         distill,
         evaluate,
         load,
+        plan_ablation,
         predict,
         report,
         run,
@@ -41,6 +42,7 @@ __all__ = [
     "distill",
     "evaluate",
     "load",
+    "plan_ablation",
     "predict",
     "report",
     "run",
@@ -48,13 +50,16 @@ __all__ = [
     "teach",
 ]
 
+# Modules that need no import of their own; `export` can also be called (see its docstring).
+_MODULES = ("api", "errors", "export", "tracking")
+
 
 def __getattr__(name: str) -> Any:
     """Load what is asked for; `import epdistill` alone stays light."""
     if name in __all__:
         found = getattr(importlib.import_module("epdistill.api"), name)
-    elif name == "export":  # the room of that name, which can be called: see epdistill/export
-        found = importlib.import_module("epdistill.export")
+    elif name in _MODULES:
+        found = importlib.import_module(f"epdistill.{name}")
     else:
         raise AttributeError(f"module 'epdistill' has no attribute {name!r}")
     globals()[name] = found
@@ -62,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "export"})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -25,7 +25,7 @@ These settings are the same for all functions that take them:
 
 from epdistill.api.measuring import bench, bench_dynamics, check_theorem, evaluate
 from epdistill.api.shipping import export, load, predict, report, serve
-from epdistill.api.training import ablate, distill, run, teach
+from epdistill.api.training import ablate, distill, plan_ablation, run, teach
 
 __all__ = [
     "ablate",
@@ -36,6 +36,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "plan_ablation",
     "predict",
     "report",
     "run",

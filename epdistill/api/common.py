@@ -23,6 +23,7 @@ def context_of(
     quiet: bool,
     track: Sequence[Track] = (),
 ) -> Context:
+    """Where runs and data lie, on what is computed, and who is told."""
     from epdistill.console import Reporter
     from epdistill.workflows.context import Context
 
@@ -31,6 +32,7 @@ def context_of(
 
 
 def recipe_of(source: Place | None, data: str | None, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe of a name, a file or a run, with some keys changed."""
     from epdistill.recipes import load_recipe
 
     # Without a recipe: the data set's own, or the rule from the image size.
@@ -67,8 +69,10 @@ def shared_keys(
 
 
 def path_of(place: Place | None) -> Path | None:
+    """A path, given as one or as text."""
     return None if place is None else Path(place)
 
 
 def paths_of(places: Place | Sequence[Place]) -> list[Path]:
+    """Paths, given as one or several."""
     return [Path(places)] if isinstance(places, str | Path) else [Path(path) for path in places]

@@ -10,8 +10,9 @@ from epdistill.api.common import RUNS, Place, context_of, path_of, recipe_of, sh
 from epdistill.errors import RecipeError
 
 if TYPE_CHECKING:
+    from epdistill.recipes import Recipe
     from epdistill.tracking import Track
-    from epdistill.workflows.ablation import Ablated
+    from epdistill.workflows.ablation import Ablated, Asked
     from epdistill.workflows.path import Finished
     from epdistill.workflows.training import Trained
 
@@ -205,24 +206,82 @@ def ablate(
     Returns:
         The folder and the content of ablation.json; what failed stands in its `failed`.
     """
-    from epdistill.workflows.ablation import Asked
     from epdistill.workflows.ablation import ablate as work
 
     changed = shared_keys("teacher", data, image_size, epochs, seed, precision)
-    changed |= {
+    changed |= _for_ablation(epochs, limit, overrides)
+    base = _base(recipe, data, changed, resume)
+    place = context_of(runs, data_root, download, device, quiet, track)
+    asked = _asked(rows, seeds, split, teacher)
+    return work(base, place, asked=asked, out=path_of(out), resume=resume)
+
+
+def plan_ablation(
+    recipe: Place | None = None,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: int | None = None,
+    split: str | None = None,
+    teacher: Sequence[Place] | None = None,
+    limit: int | None = None,
+    epochs: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    out: Place | None = None,
+    resume: bool = False,
+    runs: Place = RUNS,
+    data_root: Place | None = None,
+) -> list[dict[str, Any]]:
+    """What `ablate` would train, with about how long it takes (`epdistill ablate --plan`).
+
+    Args:
+        recipe, rows, seeds, split, teacher, limit, epochs, overrides: As for `ablate`.
+        out, resume, runs, data_root: See the module.
+
+    Returns:
+        One entry per network: what changes in the recipe, whether it is done, seconds.
+    """
+    from epdistill.workflows.ablation import planned as work
+
+    changed = _for_ablation(epochs, limit, overrides) | {"teacher.epochs": epochs}
+    base = _base(recipe, None, changed, resume)
+    place = context_of(runs, data_root, False, "cpu", True)
+    asked = _asked(rows, seeds, split, teacher)
+    return work(base, place, asked=asked, out=path_of(out), resume=resume)
+
+
+def _for_ablation(
+    epochs: int | None, limit: int | None, overrides: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
         "student.epochs": epochs,
         "baselines.adv_cnn.epochs": epochs,
         "ablate.limit": limit,
         **(overrides or {}),
     }
+
+
+def _base(
+    recipe: Place | None, data: str | None, changed: Mapping[str, Any], resume: bool
+) -> Recipe | None:
+    """The recipe that rows vary; None where the one that was begun counts."""
     given = [key for key, value in {"recipe": recipe, **changed}.items() if value is not None]
     if resume and given:
         raise RecipeError(
             f"resume with {', '.join(given)}; expected none of these: the recipe is that of the "
             "ablation that goes on"
         )
+    return None if resume else recipe_of(recipe, data, changed)
+
+
+def _asked(
+    rows: Sequence[str] | None,
+    seeds: int | None,
+    split: str | None,
+    teacher: Sequence[Place] | None,
+) -> Asked:
+    from epdistill.workflows.ablation import Asked
+
+    if split not in (None, "test", "validation"):
+        raise RecipeError(f"split {split!r}; expected validation or test")
     finished = tuple(Path(path) for path in teacher) if teacher else None
-    asked = Asked(None if rows is None else tuple(rows), seeds, split, finished)
-    base = None if resume else recipe_of(recipe, data, changed)
-    place = context_of(runs, data_root, download, device, quiet, track)
-    return work(base, place, asked=asked, out=path_of(out), resume=resume)
+    return Asked(None if rows is None else tuple(rows), seeds, split, finished)

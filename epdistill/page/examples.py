@@ -38,8 +38,8 @@ def examples(found: Examples | None) -> str:
     top = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     legend = "; ".join(f"{mark} = {name}" for name, mark in marks.items())
     words = (
-        f"{legend}. Below each image stands what the models answer, red with a cross where it is wrong. "
-        f"Attacked: PGD, {STEPS} steps, {ball(found.norm, found.eps)}, along "
+        f"{legend}. Below each image stands what the models answer, red with a cross where it "
+        f"is wrong. Attacked: PGD, {STEPS} steps, {ball(found.norm, found.eps)}, along "
         f"{_views(found, marks)}; an illustration that counts for nothing in the tables. Change: "
         "grey is none."
     )

@@ -95,13 +95,16 @@ def _speed(bench: Mapping[str, Any]) -> list[str]:
         "",
         "| | batch | ms per call | images per second |",
         "|---|---|---|---|",
-        *(
-            f"| {row['name']} | {row['batch_size']} | {1e3 * row['seconds_per_batch']['median']:.3g}"
-            f" ({1e3 * row['seconds_per_batch']['q25']:.3g}-"
-            f"{1e3 * row['seconds_per_batch']['q75']:.3g}) | {row['images_per_second']:,.0f} |"
-            for row in bench["rows"]
-        ),
+        *map(_timing, bench["rows"]),
     ]
+
+
+def _timing(row: Mapping[str, Any]) -> str:
+    call = {key: 1e3 * row["seconds_per_batch"][key] for key in ("median", "q25", "q75")}
+    return (
+        f"| {row['name']} | {row['batch_size']} | {call['median']:.3g} ({call['q25']:.3g}-"
+        f"{call['q75']:.3g}) | {row['images_per_second']:,.0f} |"
+    )
 
 
 def making(run: Run, found: Evidence) -> list[str]:

@@ -45,9 +45,11 @@ def front_matter(run: Run, robustness: Mapping[str, Any] | None, licence: str) -
     results = run.config["results"]
     metrics = [("accuracy", "test accuracy", results["accuracy"])]
     if robustness is not None and robustness["split"] == "test":
-        for row in robustness["threats"]:
-            if row["threat"] != "clean":
-                metrics.append(("accuracy", threat(row), row["accuracy"]))
+        metrics += [
+            ("accuracy", threat(row), row["accuracy"])
+            for row in robustness["threats"]
+            if row["threat"] != "clean"
+        ]
     described = f"{name}, {data['test_images']} test images"
     lines = [
         "---",

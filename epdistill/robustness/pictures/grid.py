@@ -151,7 +151,7 @@ def _column(
 
 
 def change_factor(largest: float) -> float:
-    """How changes are drawn: the largest number of two digits by which a change of `largest` stays within 0.5."""
+    """The largest number of two digits by which a change of `largest` stays within 0.5."""
     if largest < 1e-9:
         return 1.0
     exact = 0.5 / largest
