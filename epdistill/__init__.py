@@ -2,7 +2,8 @@
 
 Every command of the command line is a function here, loaded when it is first used:
 `run`, `teach`, `distill`, `ablate`, `evaluate`, `export`, `load`, `predict`, `bench`,
-`bench_dynamics`, `plan_ablation`, `check_theorem`, `report` and `serve`. They are described in `epdistill.api`.
+`bench_dynamics`, `plan_ablation`, `check_theorem`, `report` and `serve`. They are described in
+`epdistill.api`.
 """
 
 from __future__ import annotations

@@ -66,9 +66,10 @@ def table(
     )
     labels = list(head) if stack else [""] * len(head)
     body = "".join(f"<tr>{''.join(map(_cell, row, labels))}</tr>" for row in rows)
+    kind = "sortable stack" if stack else "sortable"
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">'
-        f'<table class="sortable{" stack" if stack else ""}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 

@@ -29,7 +29,7 @@ def examples(found: Examples | None) -> str:
     factor = change_factor(largest)
     head = ["clean"]
     for name in found.adversarial:
-        head += [f"attacked: {marks[name]}", f"change × {factor:g}"]
+        head += [f"attacked: {marks[name]}", f"change x {factor:g}"]
     head += list(found.corrupted)
     rows = "".join(
         f"<tr>{''.join(_row(found, place, marks, factor))}</tr>"
