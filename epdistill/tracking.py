@@ -60,7 +60,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = after + 1 if after else None
-        self._writer: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the figures; `train.loss` becomes `train/loss`."""

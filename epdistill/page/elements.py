@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import count
+from typing import Any
 
 from torch import Tensor
 
@@ -27,12 +28,11 @@ class Cell:
     kind: str = ""
 
 
-def share(found: dict[str, object]) -> Cell:
+def share(found: Mapping[str, Any]) -> Cell:
     """Accuracy in percent with its 95 % interval, from a row of results.json."""
-    low, high = found["ci95"]  # type: ignore[misc]
-    accuracy = float(found["accuracy"])  # type: ignore[arg-type]
-    text = f"{100 * accuracy:.1f} ({100 * float(low):.1f}\N{EN DASH}{100 * float(high):.1f})"
-    return Cell(text, accuracy)
+    low, high = (100 * float(end) for end in found["ci95"])
+    accuracy = float(found["accuracy"])
+    return Cell(f"{100 * accuracy:.1f} ({low:.1f}\N{EN DASH}{high:.1f})", accuracy)
 
 
 def percent(value: float, digits: int = 1) -> Cell:
@@ -56,10 +56,7 @@ def table(
         rows: As many cells each.
         stack: On a phone each row becomes a block: for tables of words.
     """
-    words = [
-        any(isinstance(row[place], str) or row[place].kind for row in rows)
-        for place in range(len(head))
-    ]
+    words = [any(_of_words(row[place]) for row in rows) for place in range(len(head))]
     top = "".join(
         f'<th scope="col"{_kind("words" if left else "")}>{escape(text)}</th>'
         for text, left in zip(head, words, strict=True)
@@ -71,6 +68,10 @@ def table(
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">'
         f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _of_words(cell: Cell | str) -> bool:
+    return isinstance(cell, str) or bool(cell.kind)
 
 
 def _cell(cell: Cell | str, label: str) -> str:

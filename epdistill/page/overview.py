@@ -10,7 +10,7 @@ from epdistill.runs import Run
 
 def overview(runs: Sequence[Run]) -> str:
     """One row per run."""
-    rows = []
+    rows: list[list[Cell | str]] = []
     for run in runs:
         results, config = run.config["results"], run.config
         agreement, sweeps = results.get("agreement"), results.get("sweeps")

@@ -17,7 +17,7 @@ def files(exports: Sequence[tuple[str, Exports]]) -> str:
     """
     if not exports:
         return section("files", "Exported files", paragraph("None: type `epdistill export`."))
-    rows = []
+    rows: list[list[Cell | str]] = []
     for run, export in exports:
         manifest = export.manifest
         parity, lost = manifest.parity, manifest.figures.get("quantisation")
@@ -48,7 +48,7 @@ def speed(bench: dict[str, Any] | None) -> str:
     if bench is None:
         return section("speed", "Speed", paragraph("Not measured: type `epdistill bench`."))
     ratios = {(row["name"], row["batch_size"]): row for row in bench["ratios"]}
-    rows = []
+    rows: list[list[Cell | str]] = []
     for row in bench["rows"]:
         call = {key: 1e3 * value for key, value in row["seconds_per_batch"].items()}
         ratio = ratios.get((row["name"], row["batch_size"]))
