@@ -2,6 +2,7 @@
 # make test   the tests (within 10 minutes on 2 cores)
 # make test-slow  what CI runs besides
 # make check  ruff and mypy
+# make docs   the API reference, made from the docstrings, into docs-site/
 # PIP_FLAGS go to pip install, for example to take a CPU-only build of torch (see README).
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LINKS := epdistill/teachers epdistill/students epdistill/export
 
-.PHONY: demo test test-slow check format links install clean
+.PHONY: demo test test-slow check docs format links install clean
 .DEFAULT_GOAL := demo
 
 # Editors and type checkers do not run import hooks: these links show them where
@@ -46,5 +47,14 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The rooms are named, for a package's own list of names hides its modules from pdoc.
+DOCUMENTED := epdistill epdistill.api epdistill.augment epdistill.console epdistill.data \
+  epdistill.errors epdistill.export epdistill.images epdistill.live epdistill.loading \
+  epdistill.page epdistill.recipes epdistill.robustness epdistill.runs epdistill.students \
+  epdistill.teachers epdistill.tracking epdistill.training epdistill.workflows
+
+docs: $(STAMP)
+	$(BIN)/python -P -W error -m pdoc --docformat google --output-directory docs-site $(DOCUMENTED)
+
 clean:
-	rm -rf $(VENV) $(LINKS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs-site $(LINKS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ table, or with `--json` exactly one JSON object).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from epdistill.live import View, view
 
 
 class Bar:
@@ -67,6 +69,12 @@ class Reporter:
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
             yield Bar(progress, task)
+
+    def training(
+        self, title: str, total: int, done: int, images: int
+    ) -> AbstractContextManager[View]:
+        """A bar with the figures below it, images per second and ETA; see `epdistill.live`."""
+        return view(self.console, title, total, done, images)
 
 
 SILENT = Reporter(quiet=True)

@@ -1,4 +1,4 @@
-"""From a run folder back to the model that lies in it."""
+"""From a run folder or an exported file back to the model that lies in it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from epdistill.errors import RunError
 from epdistill.recipes import EP_CNN
-from epdistill.runs import Run, load_weights
+from epdistill.runs import CONFIG, Run, load_weights, open_run
 
 if TYPE_CHECKING:
+    from epdistill.export.runtime import OnnxClassifier
     from epdistill.students.model import Student
     from epdistill.teachers.baselines.base import Baseline
     from epdistill.teachers.model import EPCNN
@@ -18,6 +19,40 @@ if TYPE_CHECKING:
 def model_name(run: Run) -> str:
     """Which teacher a run holds: `ep-cnn` or a baseline."""
     return str(run.config["model"].get("name", EP_CNN))
+
+
+def load(path: str | Path) -> EPCNN | Baseline | Student | OnnxClassifier:
+    """The model that lies somewhere, ready to answer; nothing is fetched from anywhere.
+
+    Args:
+        path: A run's folder (on this machine or copied from another), or an exported `.onnx`
+            file. A folder without a run that holds one exported file gives that file.
+
+    Returns:
+        Images float32 (N, C, H, W) in [0,1] to logits (N, K), on the CPU: a torch module in
+        eval mode, or for a file an `OnnxClassifier`, which takes numpy arrays as well.
+
+    Raises:
+        RunError: No run, an unfinished or a damaged one.
+        ExportError: A file that is damaged, or that its manifest does not vouch for.
+    """
+    place = Path(path)
+    if place.is_dir() and not (place / CONFIG).is_file():
+        files = sorted(place.glob("*.onnx"))
+        if len(files) == 1:
+            place = files[0]
+    if place.suffix == ".onnx":
+        from epdistill.export.runtime import OnnxClassifier
+
+        return OnnxClassifier.open_checked(place)
+    run = open_run(place)
+    if not run.config.get("finished"):
+        raise RunError(
+            f"{run.path} is not finished; expected a finished run: continue it with "
+            f"`epdistill {'teach' if run.kind == 'teacher' else 'distill'} --resume --out "
+            f"{run.path}`"
+        )
+    return load_teacher(run) if run.kind == "teacher" else load_student(run)
 
 
 def load_teacher(run: Run) -> EPCNN | Baseline:

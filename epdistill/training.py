@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 from pathlib import Path
@@ -31,7 +31,7 @@ from epdistill.console import SILENT, Reporter
 from epdistill.data import Split, to_float
 from epdistill.distributed import ALONE, Shard, Team
 from epdistill.errors import DivergedError
-from epdistill.runs import append_metrics
+from epdistill.tracking import Track, tracking
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -137,6 +137,7 @@ def fit(
     reporter: Reporter = SILENT,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     team: Team = ALONE,
+    track: Sequence[Track] = (),
 ) -> dict[str, float]:
     """Train `task`, continuing from the folder's checkpoint if there is one.
 
@@ -152,7 +153,8 @@ def fit(
         device: Where steps run.
         reporter: Where progress goes.
         checkpoint_seconds: How long a crash may throw back; never steers the result.
-        team: The processes that share out every batch; rank 0 writes.
+        team: The processes that share out every batch; rank 0 writes, and tells the trackers.
+        track: Who else is told the figures (see `epdistill.tracking`).
 
     Returns:
         The last epoch's row of metrics.
@@ -184,7 +186,11 @@ def fit(
                 yield order[k * size : (k + 1) * size][shard.rows]
 
     saved = time.monotonic()
-    with split.feed(rows(step)) as feed, reporter.bar(title, total, step) as bar:
+    with (
+        split.feed(rows(step)) as feed,
+        tracking(track if team.first else (), folder, step, reporter.line) as tell,
+        reporter.training(title, total, step, size) as live,
+    ):
         for epoch in range(step // per_epoch, epochs):
             for k in range(step % per_epoch, per_epoch):
                 pick, pixels = next(feed)
@@ -202,8 +208,11 @@ def fit(
                 step += 1
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value
-                bar.advance(1, _show({n: s / (k + 1) for n, s in sums.items()}))
+                means = {name: value / (k + 1) for name, value in sums.items()}
+                live.step(means)
                 due = time.monotonic() - saved >= checkpoint_seconds
+                if team.first:
+                    tell.moment(step, total, means)
                 if team.first and due and k + 1 < per_epoch:
                     save_checkpoint(folder, task.state(), {"step": step, "sums": sums, "row": row})
                     saved = time.monotonic()
@@ -212,7 +221,7 @@ def fit(
             row = {"step": step, "epoch": epoch + 1, **train, **validation}
             sums = {}
             if team.first:
-                append_metrics(folder, row)
+                tell.epoch(row)
                 save_checkpoint(folder, task.state(), {"step": step, "sums": sums, "row": row})
             saved = time.monotonic()
             news = {**train, "validation": row["validation.accuracy"]}

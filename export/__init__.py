@@ -17,4 +17,28 @@
     costs             operations, the machine's matrix rate, torch.compile
 
 Import from the modules; nothing heavy is loaded before it is needed.
+
+The package can be called: `epdistill.export(run)` is `epdistill.api.export(run)`, so that this
+command too is a function of its name.
 """
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epdistill.workflows.deployment import Exported
+
+
+class _Room(ModuleType):
+    """A package with a verb for its name."""
+
+    def __call__(self, *args: Any, **settings: Any) -> Exported:
+        from epdistill.api import export
+
+        return export(*args, **settings)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -200,6 +200,7 @@ class TeachTask:
             "loss": float(loss),
             "accuracy": float((result.logits.argmax(1) == batch.labels).double().mean()),
             "sweeps": float(certificate.sweeps.double().mean()),
+            "residual": float(certificate.residual.max()),
             "converged": float(certificate.converged.double().mean()),
         }
         if result.tipped is not None:

@@ -23,6 +23,7 @@ from epdistill.cli.flags import (
     RunsFlag,
     SeedFlag,
     SizeFlag,
+    TrackFlag,
     context_of,
     overrides_of,
     recipe_for,
@@ -69,6 +70,7 @@ def ablate(
     out: OutFlag = None,
     resume: ResumeFlag = False,
     runs: RunsFlag = RUNS,
+    track: TrackFlag = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -96,7 +98,7 @@ def ablate(
         )
     names = None if rows is None else tuple(name.strip() for name in rows.split(","))
     asked = Asked(names, seeds, split, tuple(teacher) if teacher else None)
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, track)
     base = None if resume else load_recipe(recipe or recipe_for(data), overrides)
     if plan:
         found = planned(base, context, asked=asked, out=out, resume=resume)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +29,7 @@ from epdistill.cli.flags import (
     SeedFlag,
     SizeFlag,
     StreamFlag,
+    TrackFlag,
     WorkersFlag,
     context_of,
     overrides_of,
@@ -96,6 +96,7 @@ def run_command(
     precision: PrecisionFlag = None,
     out: OutFlag = None,
     runs: RunsFlag = RUNS,
+    track: TrackFlag = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -108,7 +109,7 @@ def run_command(
         "teacher", data=data, image_size=image_size, epochs=epochs, seed=seed, precision=precision
     )
     overrides["student.epochs"] = epochs
-    context = context_of(runs, data_root, download, device, quiet)
+    context = context_of(runs, data_root, download, device, quiet, track)
     finished = run_path(load_recipe(recipe or recipe_for(data), overrides), context, out=out)
     if json:
         emit_json(finished.summary)
@@ -146,6 +147,7 @@ def teach(
     out: OutFlag = None,
     resume: ResumeFlag = False,
     runs: RunsFlag = RUNS,
+    track: TrackFlag = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -165,7 +167,7 @@ def teach(
         precision=precision, stream=stream, workers=workers,
     )  # fmt: skip
     overrides["teacher.rule"] = rule
-    context = context_of(runs, data_root, download, device, quiet, together=True)
+    context = context_of(runs, data_root, download, device, quiet, track, together=True)
     trained = work(load_recipe(source, overrides), context, out=out, resume=resume)
     if json:
         emit_json({"run": str(trained.run.path), **trained.results})
@@ -228,6 +230,7 @@ def distill(
     out: OutFlag = None,
     resume: ResumeFlag = False,
     runs: RunsFlag = RUNS,
+    track: TrackFlag = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -251,7 +254,7 @@ def distill(
         "data.workers": workers,
         "seed": seed,
     }
-    context = context_of(runs, data_root, download, device, quiet, together=True)
+    context = context_of(runs, data_root, download, device, quiet, track, together=True)
     chosen = load_recipe(recipe) if recipe else None
     trained = work(chosen, context, teacher=teacher, out=out, resume=resume, overrides=overrides)
     if json:
@@ -399,26 +402,20 @@ def check_theorem(
 @app.command()
 def report(
     models: Annotated[
-        list[Path] | None, typer.Argument(help="Runs; the newest teacher and student without any.")
+        list[Path] | None,
+        typer.Argument(help="Runs; the newest student and its teacher without any."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file.")] = None,
     runs: RunsFlag = RUNS,
     json: JsonFlag = False,
 ) -> None:
     """One self-contained HTML page about runs."""
-    from epdistill.errors import RunError
-    from epdistill.runs import newest_run, open_run
-    from epdistill.workflows.context import require_finished
-    from epdistill.workflows.report import report as work
+    from epdistill.workflows.report import report_on
 
-    if models:
-        chosen = [require_finished(open_run(path)) for path in models]
-    else:
-        chosen = [newest_run(runs, "teacher")]
-        with suppress(RunError):  # a teacher alone is worth a page too
-            chosen.append(newest_run(runs, "student"))
-    page = work(chosen, out or runs / "report.html")
+    page = report_on(models or [], runs, out=out)
     if json:
         emit_json({"report": str(page)})
     else:
-        show_table(str(page), ["report", "value"], [["runs", str(len(chosen))]], None)
+        show_table(
+            str(page), ["report", "value"], [["KiB", f"{page.stat().st_size / 1024:,.0f}"]], None
+        )

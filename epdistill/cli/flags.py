@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
     from epdistill.workflows.context import Context
 
 RecipeFlag = Annotated[
-    str | None, typer.Option("--recipe", help="Bundled recipe or TOML file.", show_default=False)
+    str | None,
+    typer.Option(
+        "--recipe", help="Bundled recipe, TOML file, or a run's folder.", show_default=False
+    ),
 ]
 DataFlag = Annotated[
     str | None,
@@ -48,6 +52,10 @@ ResumeFlag = Annotated[
     bool, typer.Option("--resume", help="Continue --out, or the newest unfinished run.")
 ]
 RunsFlag = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+TrackFlag = Annotated[
+    list[str] | None,
+    typer.Option("--track", help="Tell the figures also to: tensorboard.", show_default=False),
+]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 RUNS = Path("runs")
@@ -59,6 +67,7 @@ def context_of(
     download: bool,
     device: str,
     quiet: bool,
+    track: Sequence[str] | None = None,
     *,
     together: bool = False,
 ) -> Context:
@@ -70,10 +79,11 @@ def context_of(
         download: Whether a missing one may be fetched.
         device: As the flag.
         quiet: As the flag.
+        track: As the flag.
         together: Whether the command can be shared out over torchrun's processes.
 
     Raises:
-        RecipeError: It cannot, and torchrun has started several.
+        RecipeError: It cannot, and torchrun has started several; or a tracker is unknown.
     """
     from epdistill.console import Reporter
     from epdistill.errors import RecipeError
@@ -87,7 +97,7 @@ def context_of(
         )
     team = join()
     reporter = Reporter(quiet=quiet or not team.first)
-    return Context(runs, root, download, local_device(device), reporter, team)
+    return Context(runs, root, download, local_device(device), reporter, team, tuple(track or ()))
 
 
 def overrides_of(section: str, **values: Any) -> dict[str, Any]:

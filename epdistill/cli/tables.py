@@ -102,9 +102,10 @@ def evaluation_table(done: Evaluated) -> None:
     for model in models:
         if (found := model["diagnosis"]) is None:
             continue
-        threat = ball(found["norm"], found["eps"])
+        # A file without gradients may have no radius of its own that it was looked at.
+        threat = "" if found["eps"] is None else ball(found["norm"], found["eps"])
         show_table(
-            f"{found['text']}\nAt {threat}:",
+            f"{found['text']}\nAt {threat}:" if threat else found["text"],
             ["check", "", "value", "fails where", "what to do"],
             diagnosis_rows(found),
             None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -17,14 +18,17 @@ from epdistill.recipes.schema import Recipe
 
 BUNDLED = ("digits", "cifar10", "cifar100", "cifar10-small", "cifar10-fast", "default")
 PREFIX = "EPDISTILL__"
+RUN_CONFIG = "config.json"
 
 
 def _read(source: str) -> dict[str, Any]:
-    """The content of a bundled recipe or of a TOML file."""
+    """The content of a bundled recipe, of a TOML file, or of a run's recipe."""
     if source in BUNDLED:
         text = resources.files("epdistill.recipes").joinpath(f"{source}.toml").read_text()
         return {"name": source, **tomllib.loads(text)}
     path = Path(source)
+    if (path / RUN_CONFIG).is_file() or path.name == RUN_CONFIG:
+        return _of_run(path if path.name == RUN_CONFIG else path / RUN_CONFIG)
     if path.suffix == ".toml" or path.is_file():
         try:
             return {"name": path.stem, **tomllib.loads(path.read_text())}
@@ -37,8 +41,22 @@ def _read(source: str) -> dict[str, Any]:
     near = difflib.get_close_matches(source, BUNDLED, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise RecipeError(
-        f"unknown recipe {source!r}{hint}; expected {', '.join(BUNDLED)} or a .toml file"
+        f"unknown recipe {source!r}{hint}; expected {', '.join(BUNDLED)}, a .toml file "
+        "or a run's folder"
     )
+
+
+def _of_run(path: Path) -> dict[str, Any]:
+    """The resolved recipe that a run was made with."""
+    try:
+        recipe = json.loads(path.read_text())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{path} holds no recipe ({error}); expected a run's folder or its {RUN_CONFIG}"
+        ) from error
+    if not isinstance(recipe, dict):
+        raise RecipeError(f"{path}: recipe = {recipe!r}; expected a run's resolved recipe")
+    return recipe
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -103,7 +121,8 @@ def load_recipe(
     """Resolve a recipe.
 
     Args:
-        source: A bundled name or the path of a TOML file.
+        source: A bundled name, the path of a TOML file, or a run's folder for the recipe that
+            it was made with.
         overrides: Flags, as `{"teacher.epochs": 3}`; None values are skipped.
         environment: Variables, as `EPDISTILL__TEACHER__EPOCHS=3`; the process's own without it.
 

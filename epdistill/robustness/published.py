@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,7 +168,8 @@ def _plan(ledger: Ledger) -> Published:
     return ledger.subject.published or plain
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Cell:
     """An attack, its radius or constant, the model attacked, and the one that judges."""
 
     attack: Attack

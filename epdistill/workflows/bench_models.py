@@ -44,6 +44,7 @@ class Timed:
         int8: Its quantised file, or why there is none.
         images: float32 (N, C, H, W) in [0,1].
         sizes: Bytes of the exported files by contender.
+        path: The student's run; None for untrained networks.
     """
 
     label: str
@@ -53,6 +54,7 @@ class Timed:
     int8: OnnxClassifier | str
     images: Tensor
     sizes: dict[str, int]
+    path: Path | None = None
 
 
 def trained(context: Context, run: Path | None, threads: int) -> Timed:
@@ -81,6 +83,7 @@ def trained(context: Context, run: Path | None, threads: int) -> Timed:
         int8,
         to_float(context.data_of(source).test.images[: max(BATCH_SIZES)]),
         sizes,
+        source.path,
     )
 
 

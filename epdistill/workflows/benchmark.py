@@ -26,6 +26,7 @@ from epdistill.workflows.bench_models import (
     trained,
     untrained,
 )
+from epdistill.workflows.cards import refresh as refresh_card
 from epdistill.workflows.context import Context
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def bench(
 
     draw(content, folder / "bench")
     write_json(folder / "bench.json", content)
+    if models.path is not None:
+        refresh_card(models.path, context.runs, folder)
     return Benched(folder, content)
 
 

@@ -1,12 +1,30 @@
-"""The model card of a run, made from recorded numbers alone."""
+"""The model card of a run, made from recorded numbers alone.
+
+It is written when the training ends and again when something more is measured. A card that
+somebody edited is left alone, but for its licence, which is kept.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
+from epdistill.errors import EpdistillError
 from epdistill.loading import model_name
 from epdistill.recipes import EP_CNN
-from epdistill.runs import Run
+from epdistill.runs import CARD, Run, atomic_write, open_run
+from epdistill.workflows.card_evidence import evidence_sections, limits, making
+from epdistill.workflows.card_front import (
+    UNDECIDED,
+    data_name,
+    front_matter,
+    licence_of,
+    without_licence,
+)
+from epdistill.workflows.evidence import Evidence, evidence_of
+
+_MARK = "<!-- made by epdistill from recorded numbers; "
 
 _RULES = {
     "ep": "Equilibrium Propagation",
@@ -21,8 +39,55 @@ _BASELINES = {
 }
 
 
-def card(run: Run) -> str:
-    """Markdown text for the run's README.md."""
+def card(run: Run, found: Evidence = Evidence(), licence: str = UNDECIDED) -> str:
+    """Markdown text for the run's README.md.
+
+    Args:
+        run: A finished run.
+        found: What was measured after the training.
+        licence: Of the weights.
+    """
+    lines = [*front_matter(run, found.robustness, licence), "", *_training(run)]
+    lines += [*evidence_sections(run, found), *making(run, found), *limits(run, found)]
+    text = "\n".join([*lines, ""])
+    return f"{text}\n{_mark(text)}\n"
+
+
+def refresh(path: Path, runs: Path, *also: Path) -> None:
+    """Write the card of a run anew, with everything that is known by now.
+
+    A run that is not finished, damaged or not ours to write, and a card that was edited by
+    hand, are left as they are: a card is never worth an error.
+
+    Args:
+        path: The run's folder.
+        runs: In whose folders evaluations and timings lie.
+        also: Further such folders.
+    """
+    try:
+        run = open_run(path)
+        written = (run.path / CARD).read_text() if (run.path / CARD).is_file() else ""
+        if not run.config.get("finished") or (written and not _untouched(written)):
+            return
+        licence = licence_of(written)
+        atomic_write(run.path / CARD, card(run, evidence_of(run, runs, also), licence))
+    except (EpdistillError, OSError, UnicodeDecodeError):
+        return
+
+
+def _mark(text: str) -> str:
+    digest = hashlib.sha256(without_licence(text).encode()).hexdigest()
+    return f"{_MARK}edit it and it stays as you leave it: {digest[:16]} -->"
+
+
+def _untouched(written: str) -> bool:
+    """Whether a card is as it was made, but perhaps for its licence."""
+    text, mark, _ = written.rpartition(f"\n{_MARK}")
+    return bool(mark) and written == f"{text}\n{_mark(text)}\n"
+
+
+def _training(run: Run) -> list[str]:
+    """What it is, what it does on clean images, and how it was trained."""
     config, results, data = run.config, run.config["results"], run.config["data"]
     recipe = config["recipe"]
     lines = [f"# {run.name}", ""]
@@ -45,17 +110,16 @@ def card(run: Run) -> str:
         section = recipe["student"]
     environment = config["environment"]
     lines += [
-        f"| training images | {data['train_images']} |",
+        f"| data | {data_name(run)}: {data['train_images']} training, "
+        f"{data['validation_images']} validation and {data['test_images']} test images, "
+        f"{len(data['classes'])} classes |",
         f"| epochs | {section['epochs']} |",
         f"| seed | {recipe['seed']} |",
         f"| seconds of training (last process) | {results['seconds']:.0f} |",
         f"| hardware | {environment.get('cpu', 'unknown')}, torch {environment['torch']} |",
         f"| epdistill | {environment['epdistill']} |",
-        "",
-        "Accuracy alone says nothing about robustness: run `epdistill evaluate`.",
-        "",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def _relaxing(run: Run) -> list[str]:
@@ -66,7 +130,7 @@ def _relaxing(run: Run) -> list[str]:
     channels = "-".join(str(layer["channels"]) for layer in layers)
     rule = _RULES[config["recipe"]["teacher"]["rule"]]
     return [
-        f"EP-CNN teacher ({channels}), trained by {rule} on {config['data']['name']}.",
+        f"EP-CNN teacher ({channels}), trained by {rule} on {data_name(run)}.",
         "",
         "| figure | value |",
         "|---|---|",
@@ -83,7 +147,7 @@ def _feedforward(run: Run) -> list[str]:
     """What is told of a baseline."""
     config, results = run.config, run.config["results"]
     lines = [
-        f"{_BASELINES[model_name(run)]}, on {config['data']['name']}.",
+        f"{_BASELINES[model_name(run)]}, on {data_name(run)}.",
         "",
         "| figure | value |",
         "|---|---|",
@@ -101,7 +165,7 @@ def _student(run: Run) -> list[str]:
     """What is told of a student."""
     config, results = run.config, run.config["results"]
     own, found = config["recipe"]["student"], results["fidelity"]
-    taught = f"the teacher `{config['teacher']['name']}` on {config['data']['name']}"
+    taught = f"the teacher `{config['teacher']['name']}` on {data_name(run)}"
     if own["loss"] == "ce":
         smoothed = (
             f", {own['label_smoothing']:g} of them smoothed" if own["label_smoothing"] else ""

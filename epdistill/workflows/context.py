@@ -18,6 +18,8 @@ from epdistill.errors import RecipeError, RunError
 from epdistill.memory import keep_freed_memory
 from epdistill.recipes import DataRecipe
 from epdistill.runs import CONFIG, Run, open_run
+from epdistill.tracking import Track
+from epdistill.tracking import check as check_trackers
 
 DEFAULT_RUNS = Path("runs")
 
@@ -33,6 +35,7 @@ class Context:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         reporter: Where progress goes.
         team: The processes that do the work together; rank 0 writes.
+        track: Who else is told the figures of a training: `"tensorboard"` or trackers.
     """
 
     runs: Path = DEFAULT_RUNS
@@ -41,8 +44,10 @@ class Context:
     device: str = "auto"
     reporter: Reporter = field(default_factory=Reporter)
     team: Team = ALONE
+    track: tuple[Track, ...] = ()
 
     def __post_init__(self) -> None:
+        check_trackers(self.track)
         keep_freed_memory()
 
     def torch_device(self) -> torch.device:

@@ -14,6 +14,7 @@ from epdistill.errors import RecipeError, RunError
 from epdistill.loading import load_epcnn, load_student, load_teacher, model_name
 from epdistill.recipes import EP_CNN
 from epdistill.runs import Run, finished_runs, newest_run, open_run
+from epdistill.workflows.cards import refresh as refresh_card
 from epdistill.workflows.context import Context, require_finished
 from epdistill.workflows.evaluation import (
     BATCH_SIZE,
@@ -123,6 +124,7 @@ def export(
         evaluated = evaluate([source.path, *files], context, asked=asked)
         for file in files:
             _add_robustness(file, evaluated)
+    refresh_card(source.path, context.runs)
     return Exported(source, result, reduced, evaluated)
 
 

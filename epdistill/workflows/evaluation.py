@@ -14,6 +14,7 @@ from epdistill.errors import DiskError, EpdistillError, RunError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.recipes.loading import validate
 from epdistill.runs import Run, finished_runs, open_run
+from epdistill.workflows.cards import refresh as refresh_card
 from epdistill.workflows.context import Context
 from epdistill.workflows.request import (
     Asked,
@@ -95,6 +96,11 @@ def evaluate(
         EvaluationError: A model that cannot be judged, or a folder that cannot be resumed.
     """
     from epdistill.robustness.drawing import draw
+    from epdistill.robustness.examples import (
+        find_examples,
+        telling_radius,
+        write_examples,
+    )
     from epdistill.robustness.harness import evaluate as run_harness
     from epdistill.robustness.journal import read_header, remove
     from epdistill.robustness.results import summary, write_results
@@ -160,9 +166,23 @@ def evaluate(
         if not context.team.first:
             return Evaluated(folder, results)
         draw(results, folder)
+        examples = find_examples(
+            subjects,
+            split.images,
+            split.labels,
+            numbers=evaluation.examples,
+            classes=data.classes,
+            ball=telling_radius(results, suite),
+            suite=suite,
+            seed=seed,
+            split=chosen,
+        )
+        write_examples(examples, folder)
         # results.json comes last: with it the evaluation is complete.
         write_results(evaluation, folder)
         remove(folder)
+    for run in runs:
+        refresh_card(run.path, context.runs, folder)
     return Evaluated(folder, results)
 
 

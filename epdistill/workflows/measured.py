@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,41 @@ def robustness_of(
                 "measured_on": f"{name} ({kind})",
                 "evaluation": folder,
                 "suite": settings["name"],
+                "split": settings["split"],
                 "seed": settings["seed"],
                 "attacks": sorted({row["attack"] for row in model["attacks"]}),
                 "threats": threats(model),
+                "verdict": model["verdict"],
             }
     return None
 
 
-def newest_robustness(runs: Path, run: Run) -> dict[str, Any] | None:
+def newest_first(runs: Path, name: str, also: Sequence[Path] = ()) -> list[tuple[float, Path]]:
+    """All files of a name in the folders under `runs`, with the times they were written at.
+
+    Args:
+        runs: The folder of all folders.
+        name: Of the files.
+        also: Further folders.
+    """
+    paths = {*runs.glob(f"*/{name}"), *(folder / name for folder in also)}
+    return sorted(((p.stat().st_mtime, p) for p in paths if p.is_file()), reverse=True)
+
+
+def newest_robustness(runs: Path, run: Run, also: Sequence[Path] = ()) -> dict[str, Any] | None:
     """What the newest evaluation of a run found, None where there is none.
 
     Only evaluations later than the run's training count: an earlier run may have had its name.
+
+    Args:
+        runs: In whose folders evaluations are looked for.
+        run: A finished run.
+        also: Further folders of evaluations.
     """
     from epdistill.robustness.results import JSON_NAME, read_results
 
     trained = datetime.datetime.fromisoformat(run.config["finished"]).timestamp()
-    written = [(path.stat().st_mtime, path) for path in runs.glob(f"*/{JSON_NAME}")]
-    for when, path in sorted(written, reverse=True):
+    for when, path in newest_first(runs, JSON_NAME, also):
         if when < trained:
             break
         try:

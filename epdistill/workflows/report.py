@@ -1,110 +1,89 @@
-"""One self-contained HTML page about some runs: no network, no script."""
+"""`epdistill report`: finds what was recorded about some runs, and writes one page of it."""
 
 from __future__ import annotations
 
-import base64
+import datetime
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from epdistill.robustness.tables import threat_rows
-from epdistill.runs import Run, atomic_write, read_metrics
-from epdistill.workflows.benchmark import Benched, speed_rows
+from epdistill import __version__
+from epdistill.errors import EvaluationError, RunError
+from epdistill.page.document import document
+from epdistill.page.examples import examples
+from epdistill.page.making import making
+from epdistill.page.masking import masking
+from epdistill.page.overview import overview
+from epdistill.page.robustness import robustness
+from epdistill.page.shipping import files, speed
+from epdistill.page.training import training
+from epdistill.robustness.examples import read_examples
+from epdistill.runs import Run, atomic_write, newest_run, open_run
+from epdistill.workflows.benchmark import Benched
+from epdistill.workflows.commands import evaluation_command, export_command, training_command
+from epdistill.workflows.context import now, require_finished
 from epdistill.workflows.evaluation import Evaluated
+from epdistill.workflows.evidence import Exports, exports_of, newest_bench
+from epdistill.workflows.measured import newest_first
 
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:56rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-size:.92rem}
-.scroll{overflow-x:auto}
-th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}
-th:first-child,td:first-child{text-align:left}
-thead th{border-bottom:2px solid #888}
-img{max-width:100%;height:auto}
-code{background:#f3f3f3;padding:.1rem .3rem}
-@media print{body{margin:0}}
-"""
+PAGE = "report.html"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table of escaped cells."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    inner = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{inner}</div>'
+def report_on(models: Sequence[Path], runs: Path, *, out: Path | None = None) -> Path:
+    """Write the page about some runs with all that lies under `runs` about them.
+
+    Args:
+        models: The runs; the newest student with its teacher, or the newest teacher, without any.
+        runs: In whose folders evaluations and timings are looked for.
+        out: The HTML file; `report.html` in `runs` without it.
+
+    Raises:
+        RunError: No run, or one that is not finished.
+    """
+    chosen = [require_finished(open_run(path)) for path in models] or default_runs(runs)
+    evaluated = newest_evaluation(chosen, runs)
+    bench = next((found for run in chosen if (found := newest_bench(runs, run))), None)
+    benched = None if bench is None else Benched(runs, bench)
+    return report(chosen, out or runs / PAGE, evaluated=evaluated, benched=benched)
 
 
-def _runs(runs: Sequence[Run]) -> str:
-    rows = []
-    for run in runs:
-        results = run.config["results"]
-        rows.append(
-            [
-                run.name,
-                run.kind,
-                run.config["data"]["name"],
-                f"{100 * results['accuracy']:.2f} %",
-                f"{100 * results['agreement']:.2f} %" if "agreement" in results else "",
-                f"{results['sweeps']:.1f}" if "sweeps" in results else "1 pass",
-                f"{results['seconds']:.0f}",
-            ]
-        )
-    head = ["run", "kind", "data", "test accuracy", "agrees with teacher", "sweeps", "seconds"]
-    return "<h2>Runs</h2>" + table(head, rows)
+def default_runs(runs: Path) -> list[Run]:
+    """The newest student after its teacher; without a student the newest teacher.
+
+    Raises:
+        RunError: There is no finished run.
+    """
+    try:
+        student = newest_run(runs, "student")
+    except RunError:
+        return [newest_run(runs, "teacher")]  # a teacher alone is worth a page too
+    try:
+        teacher = open_run(Path(student.config["teacher"]["path"]), "teacher")
+    except RunError:  # moved or thrown away
+        return [student]
+    return [require_finished(teacher), student]
 
 
-def _curves(runs: Sequence[Run]) -> str:
-    parts = []
-    for run in runs:
-        rows = [
-            [
-                str(row["epoch"]),
-                f"{row['train.loss']:.4f}",
-                f"{100 * row['train.accuracy']:.1f}",
-                f"{100 * row['validation.accuracy']:.1f}",
-            ]
-            for row in read_metrics(run.path)
-        ]
-        head = ["epoch", "loss", "training accuracy %", "validation accuracy %"]
-        parts.append(f"<details><summary>{escape(run.name)}</summary>{table(head, rows)}</details>")
-    return "<h2>Training</h2>" + "".join(parts)
+def newest_evaluation(chosen: Sequence[Run], runs: Path) -> Evaluated | None:
+    """The newest evaluation of most of the runs, later than their training; None without any."""
+    from epdistill.robustness.results import JSON_NAME, read_results
 
-
-def _robustness(evaluated: Evaluated) -> str:
-    results = evaluated.results
-    models = results["models"]
-    head = ["threat", *(f"{model['name']} ({model['kind']})" for model in models)]
-    settings = results["settings"]
-    images = [
-        f'<img alt="{path.stem}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        for path in sorted(evaluated.folder.glob("accuracy-*.png"))
-    ]
-    return (
-        "<h2>Robustness</h2>"
-        f"<p>Accuracy in percent on {results['n']} test images (Wilson 95 % interval), per image "
-        "the worst case over all attacks, gradients and transfers. PGD: "
-        f"{settings['pgd']['steps']} steps, {settings['pgd']['restarts']} restart(s); Square: "
-        f"{settings['square']['queries']} queries; seed {settings['seed']}. An exported file "
-        "gives no gradients: it is attacked by Square and by transfer.</p>"
-        + table(head, threat_rows(models))
-        + "".join(images)
-    )
-
-
-def _speed(benched: Benched) -> str:
-    content = benched.content
-    hardware = content["hardware"]
-    return (
-        "<h2>Speed</h2>"
-        + table(
-            ["what", "batch", "ms per image", "times the published teacher"], speed_rows(content)
-        )
-        + f"<p>{escape(str(hardware['cpu']))}, {hardware['torch_threads']} threads, "
-        f"torch {escape(hardware['torch'])}, onnxruntime {escape(hardware['onnxruntime'])}; "
-        "medians of interleaved rounds, quartile spread in brackets.</p>"
-    )
+    trained = {
+        (run.name, run.kind): datetime.datetime.fromisoformat(run.config["finished"]).timestamp()
+        for run in chosen
+    }
+    best: tuple[int, Evaluated | None] = (0, None)
+    for when, path in newest_first(runs, JSON_NAME):
+        try:
+            results = read_results(path.parent)
+        except EvaluationError:  # damaged, or of another version
+            continue
+        names = {(model["name"], model["kind"]) for model in results["models"]}
+        count = sum(name in names and when > then for name, then in trained.items())
+        if count > best[0]:
+            best = (count, Evaluated(path.parent, results))
+    return best[1]
 
 
 def report(
@@ -121,25 +100,64 @@ def report(
         path: The HTML file.
         evaluated: Attacks and corruptions to show.
         benched: Timings to show.
+
+    Raises:
+        RunError: The page cannot be written there.
     """
-    parts = [_runs(runs)]
+    exports = [(run, export) for run in runs for export in exports_of(run)]
+    results = None if evaluated is None else evaluated.results
+    shown = None
     if evaluated is not None:
-        parts.append(_robustness(evaluated))
-    if benched is not None:
-        parts.append(_speed(benched))
-    parts.append(_curves(runs))
-    commands = "".join(
-        f"<li><code>epdistill {'teach' if run.kind == 'teacher' else 'distill'}</code> with the "
-        f"recipe in {escape(str(run.path / 'config.json'))}</li>"
-        for run in runs
+        try:
+            shown = read_examples(evaluated.folder)
+        except EvaluationError:  # an illustration is not worth an error
+            shown = None
+    timings = None if benched is None else benched.content
+    lines = _commands(runs, exports, results, timings)
+    sections = [
+        ("runs", "Runs", overview(runs)),
+        ("robustness", "Robustness", robustness(results)),
+        ("images", "Images", examples(shown)),
+        ("masking", "Masking", masking(results)),
+        ("speed", "Speed", speed(timings)),
+        ("files", "Files", files([(run.name, export) for run, export in exports])),
+        ("training", "Training", training(runs)),
+        ("again", "Make it again", making(runs, lines)),
+    ]
+    title = ", ".join(run.name for run in runs)
+    foot = (
+        f'<p class="soft">epdistill {escape(__version__)}, {now()[:16].replace("T", " ")} UTC</p>'
     )
-    parts.append(f"<h2>Made by</h2><ul>{commands}</ul>")
-    title = "epdistill: " + ", ".join(run.name for run in runs)
-    atomic_write(
-        path,
-        "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{_STYLE}</style>"
-        f"<h1>{escape(title)}</h1>{''.join(parts)}</html>\n",
-    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, document(title, sections, foot))
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}); expected a writable place: "
+            "name another one with --out"
+        ) from error
     return path
+
+
+def _commands(
+    runs: Sequence[Run],
+    exports: Sequence[tuple[Run, Exports]],
+    results: dict[str, Any] | None,
+    bench: dict[str, Any] | None,
+) -> list[str]:
+    """Everything that is typed to get to this page again, in order."""
+    lines = [training_command(run) for run in runs]
+    for run in runs:
+        made = [export.manifest.precision for owner, export in exports if owner is run]
+        if made:
+            reduced = [precision for precision in made if precision != "float32"]
+            lines.append(export_command(str(run.path), reduced))
+    places = {run.name: str(run.path) for run in runs}
+    # An exported file is called by its folder and its name.
+    places |= {f"{run.name}/{found.name}": str(run.path / found.name) for run, found in exports}
+    if results is not None:
+        models = [places.get(model["name"], model["name"]) for model in results["models"]]
+        lines.append(evaluation_command(results, models))
+    if bench is not None:
+        lines.append(f"epdistill bench {places.get(bench['models'], bench['models'])}")
+    return [*lines, f"epdistill report {' '.join(str(run.path) for run in runs)}"]

@@ -320,6 +320,7 @@ def _train(
             device=device,
             reporter=context.reporter,
             team=context.team,
+            track=context.track,
         )
     return time.monotonic() - start
 

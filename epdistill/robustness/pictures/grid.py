@@ -78,7 +78,7 @@ def adversarial_grid(
         name: _texts(predictions[name], len(originals), f"predictions of {name}")
         for name in attacked
     }
-    factor = _factor(max(float(abs(found - originals).max()) for found in attacked.values()))
+    factor = change_factor(max(float(abs(found - originals).max()) for found in attacked.values()))
     pair = 2 * _IMAGE + _GAP
     pitch = _IMAGE + _TITLE + _GAP
     width = _IMAGE + len(attacked) * (_MODEL_GAP + pair)
@@ -150,7 +150,7 @@ def _column(
         )
 
 
-def _factor(largest: float) -> float:
+def change_factor(largest: float) -> float:
     """The largest number of two digits by which a change of `largest` stays within 0.5."""
     if largest < 1e-9:
         return 1.0

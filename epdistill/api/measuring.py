@@ -1,0 +1,146 @@
+"""Measuring: attacks, timings, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from epdistill.api.common import RUNS, Place, context_of, path_of, paths_of, with_student
+
+if TYPE_CHECKING:
+    from epdistill.workflows.benchmark import Benched
+    from epdistill.workflows.dynamics import Dynamics
+    from epdistill.workflows.evaluation import Evaluated
+    from epdistill.workflows.theorem import Checked
+
+
+def evaluate(
+    models: Place | Sequence[Place] = (),
+    *,
+    suite: str | None = None,
+    limit: int | None = None,
+    subset: str | None = None,
+    diagnose: bool = False,
+    corruptions: Place | None = None,
+    seed: int | None = None,
+    out: Place | None = None,
+    resume: bool = False,
+    runs: Place = RUNS,
+    data_root: Place | None = None,
+    download: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Evaluated:
+    """Attack and corrupt models side by side; the worst case per image counts.
+
+    Args:
+        models: Runs and `.onnx` files; the newest without any.
+        suite: `quick` (the default), `paper` or `full`.
+        limit: Test images.
+        subset: Which ones: `first` or `random`.
+        diagnose: Look for masked gradients; `full` always does.
+        corruptions: Folder with the CIFAR-10-C arrays.
+        seed: Of the choice of images and of every attack.
+        out, resume, runs, data_root, download, device, quiet: See the module.
+
+    Returns:
+        The folder and the content of results.json (docs/results-schema.md).
+    """
+    from epdistill.workflows.evaluation import evaluate as work
+    from epdistill.workflows.request import Asked
+
+    asked = Asked((), suite, limit, subset, seed, diagnose or None, path_of(corruptions))
+    place = context_of(runs, data_root, download, device, quiet)
+    return work(paths_of(models), place, asked=asked, out=path_of(out), resume=resume)
+
+
+def bench(
+    run: Place | None = None,
+    *,
+    recipe: Place | None = None,
+    student: str | None = None,
+    rounds: int = 200,
+    threads: int | None = None,
+    compiled: bool = True,
+    out: Place | None = None,
+    runs: Place = RUNS,
+    data_root: Place | None = None,
+    quiet: bool = False,
+) -> Benched:
+    """Time teacher, student and exported file per image, interleaved, in one run.
+
+    Args:
+        run: A student's run; the newest without it.
+        recipe: Time untrained networks of this recipe instead of a run.
+        student: With `recipe`: another student.
+        rounds: Most rounds.
+        threads: Of torch and onnxruntime; torch's own number without it.
+        compiled: Also time the student under torch.compile.
+        out, runs, data_root, quiet: See the module.
+
+    Returns:
+        The folder and the content of bench.json (docs/bench-schema.md).
+    """
+    from epdistill.workflows.benchmark import bench as work
+
+    return work(
+        context_of(runs, data_root, False, "cpu", quiet),
+        run=path_of(run),
+        recipe=with_student(recipe, student),
+        out=path_of(out),
+        rounds=rounds,
+        threads=threads,
+        compiled=compiled,
+    )
+
+
+def bench_dynamics(
+    run: Place | None = None,
+    *,
+    recipe: Place | None = None,
+    rounds: int = 7,
+    plot: bool = False,
+    out: Place | None = None,
+    runs: Place = RUNS,
+    data_root: Place | None = None,
+    quiet: bool = False,
+) -> Dynamics:
+    """The relaxation's variants beside the published algorithm (`epdistill bench dynamics`).
+
+    Args:
+        run: A teacher's run; the small one that comes with the package without it.
+        recipe: Time an untrained network of this recipe instead.
+        rounds: Most rounds.
+        plot: Draw it as well.
+        out, runs, data_root, quiet: See the module.
+    """
+    from epdistill.workflows.dynamics import dynamics as work
+
+    place = context_of(runs, data_root, False, "cpu", quiet)
+    chosen = with_student(recipe, None)
+    return work(place, run=path_of(run), recipe=chosen, out=path_of(out), rounds=rounds, plot=plot)
+
+
+def check_theorem(
+    run: Place | None = None,
+    *,
+    images: int = 20,
+    out: Place | None = None,
+    runs: Place = RUNS,
+    data_root: Place | None = None,
+    quiet: bool = False,
+) -> Checked:
+    """EP against BPTT and the implicit gradient, layer by layer, in float64.
+
+    Args:
+        run: A teacher's run; the newest without it.
+        images: Validation images.
+        out, runs, data_root, quiet: See the module.
+
+    Returns:
+        The folder, the comparison, and the content of theorem.json.
+    """
+    from epdistill.workflows.theorem import check as work
+
+    place = context_of(runs, data_root, False, "cpu", quiet)
+    return work(place, run=path_of(run), images=images, out=path_of(out))
