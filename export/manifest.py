@@ -3,7 +3,8 @@
 `model.onnx` has `model.json`, and the card `model.md` that tells people the same. The
 model is written first and the manifest last, so a manifest vouches only for a file
 that is complete; a reader compares the SHA-256 and refuses a file that was changed,
-cut or mixed up. The keys are documented in docs/export.md.
+cut or mixed up. The manifest's own damage shows in its seal, a digest of all its other
+entries. The keys are documented in docs/export.md.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ class Manifest:
 def sha256_of(data: bytes) -> str:
     """The hex SHA-256 of some bytes."""
     return hashlib.sha256(data).hexdigest()
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    """The hex SHA-256 of a manifest's entries but the seal itself, as sorted compact JSON."""
+    entries = {key: value for key, value in content.items() if key != "seal"}
+    return sha256_of(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode())
 
 
 def manifest_path(model: Path) -> Path:
@@ -103,7 +110,10 @@ def write_manifest(path: Path, manifest: Manifest) -> Path:
     beside = manifest_path(path)
     try:
         atomic_write(card_path(path), card(manifest, path.name))
-        write_json(beside, {"format_version": FORMAT_VERSION, **asdict(manifest)})
+        content = {"format_version": FORMAT_VERSION, **asdict(manifest)}
+        # As it will be read: JSON knows lists only, and names in text.
+        content = json.loads(json.dumps(content))
+        write_json(beside, {**content, "seal": seal_of(content)})
     except OSError as error:
         raise _unwritable(path, error) from error
     return beside
@@ -120,7 +130,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read a manifest.
 
     Raises:
-        ExportError: Missing, damaged, of another version, or some other JSON file.
+        ExportError: Missing, damaged, edited, of another version, or some other JSON file.
     """
     try:
         content = json.loads(path.read_text())
@@ -134,6 +144,12 @@ def read_manifest(path: Path) -> Manifest:
         raise ExportError(
             f"the manifest {path} has format version {content['format_version']!r}; this epdistill "
             f"reads version {FORMAT_VERSION}: use the epdistill that wrote it"
+        )
+    # Files exported before there were seals have none.
+    if isinstance(content, dict) and content.get("seal", sealed := seal_of(content)) != sealed:
+        raise ExportError(
+            f"the manifest {path} is damaged or was edited: its seal does not fit its entries; "
+            "restore the file or export again"
         )
     try:
         channels, height, width = (int(size) for size in content["image_shape"])

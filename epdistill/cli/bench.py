@@ -23,9 +23,10 @@ def bench(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[dynamics] [RUN]",
+            metavar="[dynamics|serve|load] [RUN]",
             help="A student's run, the newest without it; after the word dynamics a teacher's, the "
-            "small one that comes with the package without it.",
+            "small one that comes with the package without it; after serve or load an exported "
+            "file, the newest without it.",
         ),
     ] = None,
     recipe: Annotated[
@@ -43,21 +44,25 @@ def bench(
     ] = None,
     data_root: RootFlag = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=3, help="Most rounds.")] = None,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="load: asking at once.")] = 64,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="load: how long.")] = 60.0,
     out: OutFlag = None,
     runs: RunsFlag = RUNS,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Time teacher and student, or with `dynamics` the variants of the relaxation, in one run."""
+    """Time teacher and student in one run.
+
+    With a first word something else: `dynamics`, the variants of the relaxation; `serve`, the
+    server against onnxruntime alone; `load`, the server under many clients, answers checked.
+    """
     from epdistill.cli.tables import bench_table, dynamics_table
     from epdistill.errors import RecipeError
     from epdistill.recipes import load_recipe
     from epdistill.workflows.training import inherit
 
     rest = list(words or [])
-    about_dynamics = bool(rest) and rest[0] == "dynamics"
-    if about_dynamics:
-        rest.pop(0)
+    about = rest.pop(0) if rest and rest[0] in ("dynamics", "serve", "load") else ""
     if len(rest) > 1:
         raise RecipeError(f"received {len(rest)} runs ({' '.join(rest)}); expected one at most")
     run = Path(rest[0]) if rest else None
@@ -66,7 +71,7 @@ def bench(
         given = load_recipe(recipe).model_dump(exclude_unset=True)
         chosen = inherit(given, {"student.name": student}, recipe)
     context = context_of(runs, data_root, False, "cpu", quiet)
-    if about_dynamics:
+    if about == "dynamics":
         from epdistill.workflows.dynamics import dynamics
 
         measured = dynamics(context, run=run, recipe=chosen, out=out, rounds=rounds or 7, plot=plot)
@@ -75,6 +80,27 @@ def bench(
             emit_json({"dynamics": path, **measured.content})
         else:
             dynamics_table(measured)
+        return
+    if about in ("serve", "load"):
+        from epdistill.cli.bench_serving import load_table, serving_table
+
+        if about == "serve":
+            from epdistill.workflows.serving_speed import bench_serve
+
+            done = bench_serve(
+                context, model=run, recipe=chosen, out=out, rounds=rounds or 200, threads=threads
+            )
+        else:
+            from epdistill.workflows.serving_load import load
+
+            done = load(
+                context, model=run, recipe=chosen, out=out, clients=clients, seconds=seconds,
+                threads=threads,
+            )  # fmt: skip
+        if json:
+            emit_json({"bench": str(done.folder / "bench.json"), **done.content})
+        else:
+            (serving_table if about == "serve" else load_table)(done)
         return
     from epdistill.workflows.benchmark import bench as work
 

@@ -67,9 +67,7 @@ def child(
         "--json", *arguments, *map(str, files),
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "EPDISTILL_TOKEN"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             if cores is not None:
                 os.sched_setaffinity(process.pid, cores)  # before its threads, which inherit it

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, with a time limit on headers and with answers sent in one piece."""
+"""uvicorn's HTTP protocol, with a time limit on headers, answers sent in one piece, a soft end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# At the end a connection on which nothing is open gets as long to send a request.
+_GRACE_SECONDS = 0.5
 
 
 def protocol(header_seconds: float) -> type[H11Protocol]:
@@ -31,9 +34,25 @@ def protocol(header_seconds: float) -> type[H11Protocol]:
             elif self.timeout_keep_alive_task is None:
                 self._wait()
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+                self._wait()  # the next header has begun already
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
             super().connection_lost(exc)
+
+        def shutdown(self) -> None:
+            """The server ends: what is open is answered, and what is on its way is taken."""
+            if self.cycle is None or self.cycle.response_complete:
+                self.loop.call_later(_GRACE_SECONDS, self._end)  # a request may be in the air
+            else:
+                super().shutdown()
+
+        def _end(self) -> None:
+            if not self.transport.is_closing():
+                super().shutdown()
 
         def _wait(self) -> None:
             if self._header is None:

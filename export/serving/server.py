@@ -80,6 +80,7 @@ def serve(
         server_header=False,
         proxy_headers=False,  # nobody asks who the client is
         h11_max_incomplete_event_size=limits.header_bytes,
+        timeout_keep_alive=limits.idle_seconds,
         timeout_graceful_shutdown=int(limits.deadline) + 5,
     )
     _Server(config, engine, announce).run(sockets=[listener])
@@ -99,6 +100,10 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.sleep(0)  # takes the connections that have come until now
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._engine.draining:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from epdistill.errors import ExportError, ParityError
 from epdistill.export.half import halve
-from epdistill.export.manifest import Manifest, manifest_path, read_manifest
+from epdistill.export.manifest import Manifest, manifest_path, read_manifest, seal_of
 from epdistill.export.onnx_export import export_onnx
 from epdistill.export.quantise import (
     CALIBRATION_IMAGES,
@@ -251,8 +251,8 @@ def test_a_teacher_and_a_file_without_manifest_are_refused(exported: Path, tmp_p
     alone.write_bytes(exported.read_bytes())
     with pytest.raises(ExportError, match="manifest"):
         read_source(alone)
-    beside = manifest_path(exported).read_text().replace('"kind": "student"', '"kind": "teacher"')
-    manifest_path(alone).write_text(beside)
+    beside = json.loads(manifest_path(exported).read_text()) | {"kind": "teacher"}
+    manifest_path(alone).write_text(json.dumps(beside | {"seal": seal_of(beside)}))
     with pytest.raises(ExportError, match="distill a student"):
         read_source(alone)
 
@@ -275,7 +275,7 @@ def test_calibration_images_are_drawn_by_the_seed() -> None:
 
 def test_old_manifests_speak_of_float32_students(exported: Path, tmp_path: Path) -> None:
     content = json.loads(manifest_path(exported).read_text())
-    for key in ("kind", "precision", "figures"):
+    for key in ("kind", "precision", "figures", "seal"):
         del content[key]
     path = tmp_path / "m.json"
     path.write_text(json.dumps(content))

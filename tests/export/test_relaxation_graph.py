@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from epdistill.errors import ExportError
 from epdistill.export.graph import parse_checked
-from epdistill.export.manifest import manifest_path, read_manifest
+from epdistill.export.manifest import manifest_path, read_manifest, seal_of
 from epdistill.export.onnx_export import ExportResult, export_teacher
 from epdistill.export.relaxation_graph import relaxation_graph
 from epdistill.export.runtime import OnnxClassifier
@@ -116,8 +117,8 @@ def test_the_file_opens_only_beside_its_manifest(exported: ExportResult, tmp_pat
     alone.write_bytes(exported.path.read_bytes())
     with pytest.raises(ExportError, match="control-flow operator Loop"):
         OnnxClassifier.open_checked(alone)
-    forged = exported.manifest.read_text().replace('"kind": "teacher"', '"kind": "student"')
-    manifest_path(alone).write_text(forged)
+    forged = json.loads(exported.manifest.read_text()) | {"kind": "student"}
+    manifest_path(alone).write_text(json.dumps(forged | {"seal": seal_of(forged)}))
     with pytest.raises(ExportError, match="control-flow operator Loop"):
         OnnxClassifier.open_checked(alone)
 
