@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -12,11 +13,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 _GRACE_SECONDS = 0.5
 
 
-def protocol(header_seconds: float) -> type[H11Protocol]:
+def protocol(header_seconds: float, ending: Callable[[], bool]) -> type[H11Protocol]:
     """The protocol's class.
 
     Args:
         header_seconds: uvicorn waits for a header forever; here the connection is closed.
+        ending: Whether the server ends. uvicorn tells its connections so, but not those that
+            it has just accepted and does not know yet: they ask.
     """
 
     class Protocol(H11Protocol):
@@ -26,6 +29,8 @@ def protocol(header_seconds: float) -> type[H11Protocol]:
             joined: Any = _Joined(transport, self.loop)
             super().connection_made(joined)
             self._wait()
+            if ending():
+                self.shutdown()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)

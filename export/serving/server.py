@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -72,7 +73,7 @@ def serve(
     # The server's name is nobody's business.
     config = uvicorn.Config(
         create_app(engine, token),
-        http=protocol(limits.header_seconds),
+        http=protocol(limits.header_seconds, lambda: server.should_exit),
         ws="none",
         log_config=None,
         log_level="error",
@@ -83,7 +84,8 @@ def serve(
         timeout_keep_alive=limits.idle_seconds,
         timeout_graceful_shutdown=int(limits.deadline) + 5,
     )
-    _Server(config, engine, announce).run(sockets=[listener])
+    server = _Server(config, engine, announce)
+    server.run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -95,6 +97,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._engine, self._announce = engine, announce
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._late: set[asyncio.Task[Any]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -102,8 +105,29 @@ class _Server(uvicorn.Server):
         self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.sleep(0)  # takes the connections that have come until now
-        await super().shutdown(sockets)
+        for listener in sockets or ():
+            self._accept_rest(listener)
+        await super().shutdown(sockets)  # closes them before anything else happens
+
+    def _accept_rest(self, listener: socket.socket) -> None:
+        """Take the connections that wait in the system's queue: closing would cut them off."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # there are no more
+                return
+            connection.setblocking(False)
+            task = loop.create_task(loop.connect_accepted_socket(self._connected, connection))
+            self._late.add(task)
+            task.add_done_callback(self._late.discard)
+
+    def _connected(self) -> asyncio.Protocol:
+        """uvicorn's protocol for one connection, as its own listening makes it."""
+        made: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return made(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._engine.draining:
