@@ -95,7 +95,7 @@ def packed(
     size = str(len(body) if length is None else length)
     given = {"Host": "x", "Content-Length": size, **headers}
     lines = [f"{method} {path} HTTP/1.1", *(f"{key}: {value}" for key, value in given.items())]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 def tensor_of(**changes: Any) -> dict[str, Any]:
@@ -114,8 +114,7 @@ def binary(tensor: dict[str, Any], raw: bytes, told: object = None) -> bytes:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    kind = draw(st.sampled_from(sorted(ALLOWED)))
+def cases(draw: st.DrawFn, kind: str) -> Case:
     return Case(kind, *globals()["_" + kind.replace(" ", "_")](draw))
 
 
@@ -237,7 +236,7 @@ def _binary(draw: st.DrawFn) -> Parts:
     tensor["shape"][0] = draw(st.sampled_from([1, 1, 2, 0, -1, 64, 65, 1 << 62]))
     raw = draw(st.binary(max_size=8) | st.sampled_from([bytes(256), b"\xff" * 256]))
     return (
-        binary(tensor, raw, draw(st.sampled_from([None, None, 0, -1, 999, "1e3", "٣"]))),
+        binary(tensor, raw, draw(st.sampled_from([None, None, 0, -1, 999, "1e3", "²"]))),
     ), False
 
 
@@ -269,19 +268,17 @@ def _route(draw: st.DrawFn) -> Parts:
 
 
 def _header(draw: st.DrawFn) -> Parts:
-    name = draw(
-        st.sampled_from(
-            ["Content-Length", "Transfer-Encoding", "Content-Encoding", "Expect", "Host",
-             "Authorization", "Content-Type", "Connection", "Upgrade", "X" * 3000]
-        )
+    """One to three headers that mean something, with values that do not."""
+    names = st.sampled_from(
+        ["Content-Length", "Transfer-Encoding", "Content-Encoding", "Expect", "Host", LENGTH,
+         "Authorization", "Content-Type", "Connection", "Upgrade", "X" * 3000]
     )  # fmt: skip
-    value = draw(
-        st.sampled_from(
-            ["", "0", "-1", "chunked", "gzip", "100-continue", "99999999999999999999", "close",
-             "upgrade", "websocket", "identity, chunked", "\x01", "x" * 9_000, "é"]
-        )
+    meant = st.sampled_from(
+        ["", "0", "-1", "chunked", "gzip", "100-continue", "99999999999999999999", "close",
+         "upgrade", "websocket", "identity, chunked", "\x01", "x" * 9_000, "é"]
     )  # fmt: skip
-    return (packed(whole(), **{name: value}),), True
+    values = meant | st.text(st.characters(max_codepoint=255, exclude_characters="\r\n"))
+    return (packed(whole(), **draw(st.dictionaries(names, values, min_size=1, max_size=3))),), True
 
 
 def exchange(address: tuple[str, int], case: Case) -> tuple[int, bytes] | None:
@@ -350,18 +347,10 @@ def gauge(url: str, name: str) -> float:
 
 
 def fuzz(server: Any, direct: OnnxClassifier, examples: int) -> tuple[Counter[str], Counter[str]]:
-    """Send so many cases; how often each kind was sent, and each status came back."""
+    """Send so many cases of every kind; how often each was sent, and each status came back."""
     kinds: Counter[str] = Counter()
     seen: Counter[str] = Counter()
 
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases())
     def one(case: Case) -> None:
         answer = exchange(server.address, case)
         status = None if answer is None else answer[0]
@@ -377,7 +366,14 @@ def fuzz(server: Any, direct: OnnxClassifier, examples: int) -> tuple[Counter[st
             found = np.array(json.loads(answer[1])["outputs"][0]["data"], np.float32)
             assert found.tobytes() == direct.run(case.asked).tobytes()
 
-    one()
+    for kind in ALLOWED:
+        settings(
+            max_examples=examples,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )(given(cases(kind))(one))()
     assert server.process.poll() is None
     zeros = np.zeros((1, 1, 8, 8), np.float32)
     answer = requests.post(server.url + INFER, json=json.loads(whole(data=[0] * 64)), timeout=10)
@@ -387,7 +383,7 @@ def fuzz(server: Any, direct: OnnxClassifier, examples: int) -> tuple[Counter[st
 
 
 def test_some_hundred_cases(server: Any, direct: OnnxClassifier) -> None:
-    kinds, seen = fuzz(server, direct, 500)
+    kinds, seen = fuzz(server, direct, 40)
     assert set(kinds) == set(ALLOWED)
     assert {"200", "400", "404", "405", "415"} <= set(seen)
 
@@ -397,12 +393,12 @@ def test_ten_thousand_cases_without_growth_of_memory(
     start: Any, model: Path, other: Path, direct: OnnxClassifier
 ) -> None:
     with start(model, other) as server:
-        fuzz(server, direct, 1000)
+        fuzz(server, direct, 100)
         memory, files = (gauge(server.url, name) for name in ("resident_memory_bytes", "open_fds"))
         with stalled(server.address):
-            kinds, _ = fuzz(server, direct, 10_000)
+            kinds, _ = fuzz(server, direct, 800)
         assert sum(kinds.values()) >= 10_000
-        assert all(kinds[kind] >= 200 for kind in ALLOWED), kinds
+        assert all(kinds[kind] >= 600 for kind in ALLOWED), kinds
         assert gauge(server.url, "resident_memory_bytes") - memory < 32 << 20
         assert gauge(server.url, "open_fds") - files <= 2
         assert server.stop() == 0
