@@ -37,7 +37,8 @@ CONNECTIONS = 2
 ALLOWED_SHARE, ALLOWED_SECONDS = 0.15, 0.0005
 LEAST_SHARE = 0.9
 _WARM_UP = 10
-_IDLE_SECONDS = 20
+_IDLE_SECONDS = 5
+_TIMEOUT = 600
 
 Array = npt.NDArray[np.float32]
 
@@ -72,7 +73,14 @@ def bench_serve(
     with served_file(model, recipe, context.runs) as (path, label):
         manifest = read_manifest(manifest_path(path))
         with (
-            child([path], "--threads", str(placed.threads), cores=placed.server) as server,
+            child(
+                [path],
+                "--threads",
+                str(placed.threads),
+                "--deadline",
+                str(_TIMEOUT),
+                cores=placed.server,
+            ) as server,
             _Both(path, server, placed) as both,
             context.reporter.bar("bench serve", 1 + len(BATCH_SIZES)) as bar,
         ):
@@ -112,15 +120,16 @@ class _Both:
         self._client = ThreadPoolExecutor(CONNECTIONS, initializer=lambda: placed.pin(client=True))
         opening = self._beside.submit(OnnxClassifier.open_checked, path, threads=placed.threads)
         self.classifier = opening.result()
-        self._connections = [Connection(server.address) for _ in range(CONNECTIONS)]
-        self._used = time.perf_counter()
+        self._connections: list[Connection | None] = [None] * CONNECTIONS
+        self._used = [0.0] * CONNECTIONS
 
     def __enter__(self) -> _Both:
         return self
 
     def __exit__(self, *_: object) -> None:
         for connection in self._connections:
-            connection.close()
+            if connection is not None:
+                connection.close()
         self._beside.shutdown()
         self._client.shutdown()
 
@@ -153,20 +162,16 @@ class _Both:
             ExportError: An answer is not 200.
         """
 
-        def work(connection: Connection, count: int) -> tuple[float, float, float, list[Reply]]:
+        def work(line: int, count: int) -> tuple[float, float, float, list[Reply]]:
+            connection = self._open(line)
             begun, used = time.perf_counter(), time.thread_time()
             replies = [connection.ask(request) for _ in range(count)]
-            return begun, time.perf_counter(), time.thread_time() - used, replies
+            self._used[line] = time.perf_counter()
+            return begun, self._used[line], time.thread_time() - used, replies
 
-        if time.perf_counter() - self._used > _IDLE_SECONDS:  # the server may hang up
-            for connection in self._connections:
-                connection.close()
-            self._connections = [Connection(self.server.address) for _ in range(CONNECTIONS)]
         shares = [calls // CONNECTIONS + (k < calls % CONNECTIONS) for k in range(CONNECTIONS)]
         started = [
-            self._client.submit(work, connection, count)
-            for connection, count in zip(self._connections, shares, strict=True)
-            if count
+            self._client.submit(work, line, count) for line, count in enumerate(shares) if count
         ]
         found = [future.result() for future in started]
         replies = [reply for entry in found for reply in entry[3]]
@@ -175,9 +180,17 @@ class _Both:
                 raise ExportError(
                     f"the server answered {reply.status} ({reply.body[:200]!r}); expected 200"
                 )
-        self._used = time.perf_counter()
         wall = max(entry[1] for entry in found) - min(entry[0] for entry in found)
         return wall, sum(entry[2] for entry in found), replies
+
+    def _open(self, line: int) -> Connection:
+        """One of the connections; a new one where the server may have closed it by now."""
+        connection = self._connections[line]
+        if connection is None or time.perf_counter() - self._used[line] > _IDLE_SECONDS:
+            if connection is not None:
+                connection.close()
+            connection = self._connections[line] = Connection(self.server.address, _TIMEOUT)
+        return connection
 
     def check(self, images: Array, request: bytes) -> None:
         """Warm both up, and see that they answer the same bits."""
