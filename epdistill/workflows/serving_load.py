@@ -144,14 +144,15 @@ def _under_load(
     resident: list[float] = []
     while (left := until - time.perf_counter()) > 0:
         time.sleep(min(1.0, left))
-        resident.append(_resident(server))
+        if (bytes_now := _resident(server)) > 0:  # 0: too many clients for one more
+            resident.append(bytes_now)
         bar.advance()
     for thread in threads:
         thread.join()
     took = time.perf_counter() - start
     # Buffers for the largest batches are there after a while; growth counts from then on.
-    settled = resident[len(resident) // 4]
     last = _resident(server)
+    settled = resident[len(resident) // 4] if resident else last
     memory = {
         "settled": settled,
         "end": last,
@@ -228,7 +229,7 @@ def _summary(tallies: list[_Tally]) -> dict[str, Any]:
 
 
 def _resident(server: Child) -> float:
-    """Bytes of memory of the server; 0 where the system does not tell."""
+    """Bytes of memory of the server; 0 where the system, or the server, does not tell."""
     return server.metrics().get("process_resident_memory_bytes", 0.0)
 
 

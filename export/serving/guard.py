@@ -78,7 +78,8 @@ class Guard:
         path: str = scope["path"]
         # The parser bounds what it has to keep; a header that came in one piece is bounded here.
         size = len(path) + len(scope["query_string"])
-        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
         if size > self._engine.limits.header_bytes:
             limit = self._engine.limits.header_bytes
             return refusal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from epdistill.errors import ExportError
 from epdistill.export.runtime import OnnxClassifier, available_cores
 from epdistill.export.serving.child import child
 from epdistill.export.serving.wire import Connection, Reply, get_bytes, infer_bytes
-from epdistill.workflows.served_file import place
+from epdistill.recipes import load_recipe
+from epdistill.workflows.served_file import place, served_file
 from epdistill.workflows.serving_load import _ask, _Question, _summary, _Tally
 
 Bench = Callable[..., dict[str, Any]]
@@ -150,6 +152,23 @@ def test_the_bare_client_speaks_the_protocol(
 def test_a_server_that_cannot_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="ended with 2"), child([tmp_path / "none.onnx"]):
         pass
+
+
+def test_which_file_is_served(model: Path, tmp_path: Path) -> None:
+    with served_file(model, None, tmp_path) as (path, label):
+        assert path == model and label == str(model)
+    run = tmp_path / "digits-cnn-001"
+    run.mkdir()
+    for suffix in (".onnx", ".json"):
+        shutil.copy(model.with_suffix(suffix), run / f"model{suffix}")
+    for given in (run, None):
+        with served_file(given, None, tmp_path) as (path, _):
+            assert path == run / "model.onnx"
+    recipe = load_recipe("digits", {"student.name": "cnn", "student.width": 8})
+    with served_file(None, recipe, tmp_path) as (path, label):
+        assert OnnxClassifier.open_checked(path, threads=1).input_shape == (1, 8, 8)
+        assert label == "untrained cnn of recipe digits"
+    assert not path.exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be pinned here")
