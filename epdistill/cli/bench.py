@@ -18,16 +18,17 @@ from epdistill.cli.flags import (
 )
 from epdistill.cli.output import emit_json
 
-TOPICS = ("dynamics", "distill")
+TOPICS = ("dynamics", "distill", "serve", "load")
 
 
 def bench(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[dynamics|distill] [RUN]",
-            help="A student's run, the newest without it; after the words dynamics and distill a "
-            "teacher's, the small one that comes with the package without it.",
+            metavar="[dynamics|distill|serve|load] [RUN]",
+            help="A student's run, the newest without it; after dynamics or distill a teacher's, "
+            "the small one that comes with the package without it; after serve or load an "
+            "exported file, the newest without it.",
         ),
     ] = None,
     recipe: Annotated[
@@ -45,19 +46,26 @@ def bench(
     ] = None,
     data_root: RootFlag = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=3, help="Most rounds.")] = None,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="load: asking at once.")] = 64,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="load: how long.")] = 60.0,
     out: OutFlag = None,
     runs: RunsFlag = RUNS,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Time teacher and student; `dynamics`: the relaxation's variants; `distill`: its cost."""
+    """Time teacher and student in one run.
+
+    With a first word something else: `dynamics`, the variants of the relaxation; `distill`, the
+    price of a teacher in training; `serve`, the server against onnxruntime alone; `load`, the
+    server under many clients, answers checked.
+    """
     from epdistill.cli.tables import bench_table, distilling_table, dynamics_table
     from epdistill.errors import RecipeError
     from epdistill.recipes import load_recipe
     from epdistill.workflows.training import inherit
 
     rest = list(words or [])
-    topic = rest.pop(0) if rest and rest[0] in TOPICS else None
+    about = rest.pop(0) if rest and rest[0] in TOPICS else ""
     if len(rest) > 1:
         raise RecipeError(f"received {len(rest)} runs ({' '.join(rest)}); expected one at most")
     run = Path(rest[0]) if rest else None
@@ -66,7 +74,7 @@ def bench(
         given = load_recipe(recipe).model_dump(exclude_unset=True)
         chosen = inherit(given, {"student.name": student}, recipe)
     context = context_of(runs, data_root, False, "cpu", quiet)
-    if topic == "distill":
+    if about == "distill":
         from epdistill.workflows.distilling_cost import NAME, distilling_cost
 
         cost = distilling_cost(context, run=run, recipe=chosen, out=out, rounds=rounds or 15)
@@ -75,7 +83,7 @@ def bench(
         else:
             distilling_table(cost)
         return
-    if topic == "dynamics":
+    if about == "dynamics":
         from epdistill.workflows.dynamics import dynamics
 
         measured = dynamics(context, run=run, recipe=chosen, out=out, rounds=rounds or 7, plot=plot)
@@ -84,6 +92,27 @@ def bench(
             emit_json({"dynamics": path, **measured.content})
         else:
             dynamics_table(measured)
+        return
+    if about in ("serve", "load"):
+        from epdistill.cli.bench_serving import load_table, serving_table
+
+        if about == "serve":
+            from epdistill.workflows.serving_speed import bench_serve
+
+            done = bench_serve(
+                context, model=run, recipe=chosen, out=out, rounds=rounds or 200, threads=threads
+            )
+        else:
+            from epdistill.workflows.serving_load import load
+
+            done = load(
+                context, model=run, recipe=chosen, out=out, clients=clients, seconds=seconds,
+                threads=threads,
+            )  # fmt: skip
+        if json:
+            emit_json({"bench": str(done.folder / "bench.json"), **done.content})
+        else:
+            (serving_table if about == "serve" else load_table)(done)
         return
     from epdistill.workflows.benchmark import bench as work
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from epdistill.data import to_float
+from epdistill.data import DataSet, to_float
 from epdistill.errors import RunError
 from epdistill.loading import load_epcnn, load_student
 from epdistill.recipes import Recipe
@@ -87,14 +87,17 @@ def trained(context: Context, run: Path | None, threads: int) -> Timed:
     )
 
 
-def untrained(recipe: Recipe, threads: int) -> Timed:
-    """Untrained networks of a recipe, for timing alone; no data set is needed."""
-    import tempfile
+def export_untrained(recipe: Recipe, folder: Path) -> tuple[Path, EPCNN, nn.Module, DataSet]:
+    """An untrained student of a recipe as an exported file, for timing alone.
 
+    Args:
+        recipe: Whose networks; no data set is needed.
+        folder: Where the file is written.
+
+    Returns:
+        The file, the teacher, the folded student, and noise of the data set's shapes.
+    """
     from epdistill.export.onnx_export import export_onnx
-    from epdistill.export.quantise import SEARCHED, quantise
-    from epdistill.export.reduced import read_source, ship
-    from epdistill.export.runtime import OnnxClassifier
     from epdistill.students.distill import build_student
     from epdistill.teachers.teach import build_teacher
     from epdistill.workflows.shapes import stand_in
@@ -102,17 +105,29 @@ def untrained(recipe: Recipe, threads: int) -> Timed:
     data = stand_in(recipe, images=max(BATCH_SIZES))
     teacher = build_teacher(recipe, data).eval()
     folded = build_student(recipe, teacher).folded().eval()
-    images = to_float(data.test.images[:])
+    path = folder / EXPORTED
+    export_onnx(
+        folded,
+        path,
+        image_shape=(data.channels, data.image_size, data.image_size),
+        classes=data.classes,
+        images=to_float(data.test.images[:16]),
+        metadata={},
+    )
+    return path, teacher, folded, data
+
+
+def untrained(recipe: Recipe, threads: int) -> Timed:
+    """Untrained networks of a recipe, for timing alone; no data set is needed."""
+    import tempfile
+
+    from epdistill.export.quantise import SEARCHED, quantise
+    from epdistill.export.reduced import read_source, ship
+    from epdistill.export.runtime import OnnxClassifier
+
     with tempfile.TemporaryDirectory() as folder:
-        path, quantised = Path(folder) / EXPORTED, Path(folder) / "int8.onnx"
-        export_onnx(
-            folded,
-            path,
-            image_shape=(data.channels, data.image_size, data.image_size),
-            classes=data.classes,
-            images=images[:16],
-            metadata={},
-        )
+        path, teacher, folded, data = export_untrained(recipe, Path(folder))
+        images, quantised = to_float(data.test.images[:]), Path(folder) / "int8.onnx"
         content, manifest = read_source(path)
         pixels, labels = images.numpy(), data.test.labels.numpy()
         # Untrained networks have no accuracy to lose.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,7 +192,19 @@ def _with_rates(rows: Sequence[BenchRow], facts: dict[str, Any], to_json: Any) -
     for row in whole["rows"]:
         row["flops_per_second"] = row["images_per_second"] * facts[row["name"]]["flops_per_image"]
         row["matrix_share"] = row["flops_per_second"] / rate
-    return {**whole, "matrix": matrix}
+    return {**whole, "comparisons": _comparisons(rows), "matrix": matrix}
+
+
+def _comparisons(rows: Sequence[BenchRow]) -> list[dict[str, Any]]:
+    """Ratios that decide what to deploy: the file against torch, int8 against the file."""
+    from epdistill.export.bench import ratios
+
+    found = []
+    for name, to in ((ONNX, STUDENT), (INT8, ONNX)):
+        pair = [row for row in rows if row.name in (name, to)]
+        if any(row.name == name for row in pair):
+            found += [{**asdict(ratio), "to": to} for ratio in ratios(pair, to)]
+    return found
 
 
 def _settling_facts(models: Timed) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from epdistill import __version__
 from epdistill.errors import DataError, RequestError
 from epdistill.export.serving import page, pictures
+from epdistill.export.serving.batching import Answer
 from epdistill.export.serving.corruptions import CORRUPTIONS
 from epdistill.export.serving.engine import Engine
 from epdistill.export.serving.guard import Guard, error_response, refusal
@@ -61,6 +62,14 @@ def _json(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
 
 
+def _timing(answer: Answer, total: float) -> str:
+    """The value of `Server-Timing`: milliseconds of waiting, of onnxruntime, and of all."""
+    return (
+        f"queue;dur={1e3 * answer.queued:.4f}, model;dur={1e3 * answer.computed:.4f}, "
+        f"total;dur={1e3 * total:.4f}"
+    )
+
+
 def _add_errors(app: FastAPI) -> None:
     """Every error is the protocol's object, also those that the framework finds."""
 
@@ -90,7 +99,8 @@ def _add_protocol(app: FastAPI, engine: Engine) -> None:
     """The Open Inference Protocol v2, and `/metrics`."""
 
     async def infer(request: Request) -> Response:
-        until = time.monotonic() + engine.limits.deadline
+        start = time.monotonic()
+        until = start + engine.limits.deadline
         served = engine.find(**request.path_params)
         header = request.headers.get(LENGTH_HEADER)
         async with engine.intake.body(request) as body:
@@ -103,9 +113,10 @@ def _add_protocol(app: FastAPI, engine: Engine) -> None:
                 )
             answer = await engine.compute(request, served, asked.tensor, until)
             content, length = write_infer(asked, answer.logits, served)
+        headers = {"server-timing": _timing(answer, time.monotonic() - start)}
         if length is None:
-            return Response(content, media_type="application/json")
-        headers = {LENGTH_HEADER: str(length)}
+            return Response(content, headers=headers, media_type="application/json")
+        headers[LENGTH_HEADER] = str(length)
         return Response(content, headers=headers, media_type="application/octet-stream")
 
     # The route that must be fast: first in the order, and without the framework's reading

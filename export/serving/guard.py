@@ -76,6 +76,15 @@ class Guard:
 
     def _refused(self, scope: Scope) -> Response | None:
         path: str = scope["path"]
+        # The parser bounds what it has to keep; a header that came in one piece is bounded here.
+        size = len(path) + len(scope["query_string"])
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+        if size > self._engine.limits.header_bytes:
+            limit = self._engine.limits.header_bytes
+            return refusal(
+                RequestError(400, f"received a header of {size} bytes; expected at most {limit}")
+            )
         # Probes are answered under load too: an overloaded server is alive.
         if path == "/" or path.startswith(_OPEN):
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
@@ -44,23 +45,40 @@ class Metrics:
             "epdistill_waiting_images", "Images in the queue.", ["model"], registry=registry
         )
 
+        # What `labels` would look up, with locks, in every request; there are few.
+        self._of_request = cache(
+            lambda route, status: (
+                self._requests.labels(route, str(status)),
+                self._seconds.labels(route),
+            )
+        )
+        self._of_model = cache(
+            lambda model: (
+                self._images.labels(model),
+                self._computed.labels(model),
+                self._queued.labels(model),
+            )
+        )
+
     def watch(self, model: str, waiting: Callable[[], float]) -> None:
         """Read a model's queue whenever it is asked for."""
         self._waiting.labels(model).set_function(waiting)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """One request was answered."""
-        self._requests.labels(route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        counter, histogram = self._of_request(route, status)
+        counter.inc()
+        histogram.observe(seconds)
 
     def batch(self, model: str, images: int, seconds: float) -> None:
         """One batch was computed."""
-        self._images.labels(model).observe(images)
-        self._computed.labels(model).observe(seconds)
+        sizes, computed, _ = self._of_model(model)
+        sizes.observe(images)
+        computed.observe(seconds)
 
     def queued(self, model: str, seconds: float) -> None:
         """One request left the queue."""
-        self._queued.labels(model).observe(seconds)
+        self._of_model(model)[2].observe(seconds)
 
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from epdistill.errors import ExportError
 from epdistill.export.serving.app import create_app
 from epdistill.export.serving.engine import Engine
+from epdistill.export.serving.protocol import protocol
 
 _BACKLOG = 2048
 
@@ -74,16 +73,19 @@ def serve(
     # The server's name is nobody's business.
     config = uvicorn.Config(
         create_app(engine, token),
-        http=_protocol(limits.header_seconds),
+        http=protocol(limits.header_seconds, lambda: server.should_exit),
         ws="none",
         log_config=None,
         log_level="error",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody asks who the client is
         h11_max_incomplete_event_size=limits.header_bytes,
+        timeout_keep_alive=limits.idle_seconds,
         timeout_graceful_shutdown=int(limits.deadline) + 5,
     )
-    _Server(config, engine, announce).run(sockets=[listener])
+    server = _Server(config, engine, announce)
+    server.run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -95,11 +97,37 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._engine, self._announce = engine, announce
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._late: set[asyncio.Task[Any]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or ():
+            self._accept_rest(listener)
+        await super().shutdown(sockets)  # closes them before anything else happens
+
+    def _accept_rest(self, listener: socket.socket) -> None:
+        """Take the connections that wait in the system's queue: closing would cut them off."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # there are no more
+                return
+            connection.setblocking(False)
+            task = loop.create_task(loop.connect_accepted_socket(self._connected, connection))
+            self._late.add(task)
+            task.add_done_callback(self._late.discard)
+
+    def _connected(self) -> asyncio.Protocol:
+        """uvicorn's protocol for one connection, as its own listening makes it."""
+        made: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return made(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._engine.draining:
@@ -112,41 +140,3 @@ class _Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
-
-
-def _protocol(header_seconds: float) -> type[H11Protocol]:
-    """uvicorn's HTTP protocol, which waits for a header forever, with a time limit on it."""
-
-    class Protocol(H11Protocol):
-        _header: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._wait()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.conn.their_state is not h11.IDLE:  # a header has come
-                self._stop_waiting()
-            elif self.timeout_keep_alive_task is None:
-                self._wait()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
-            super().connection_lost(exc)
-
-        def _wait(self) -> None:
-            if self._header is None:
-                self._header = self.loop.call_later(header_seconds, self._hang_up)
-
-        def _stop_waiting(self) -> None:
-            if self._header is not None:
-                self._header.cancel()
-                self._header = None
-
-        def _hang_up(self) -> None:
-            self._header = None
-            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-                self.transport.close()
-
-    return Protocol

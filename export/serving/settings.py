@@ -24,6 +24,8 @@ class Limits:
         held_bytes: Most bytes of all bodies held at once; above, 503.
         header_bytes: Largest header of a request; above, 400.
         header_seconds: A connection that takes longer to send a header is closed.
+        idle_seconds: An open connection without a request is closed; longer than load
+            balancers and clients keep theirs (60 s mostly), or they write to a closed one.
         linger: Seconds after SIGTERM during which requests are still taken, so that
             clients and load balancers learn of the end from the answers.
 
@@ -41,6 +43,7 @@ class Limits:
     held_bytes: int = 512 << 20
     header_bytes: int = 16 << 10
     header_seconds: float = 10.0
+    idle_seconds: int = 75
     linger: float = 1.0
 
     def __post_init__(self) -> None:

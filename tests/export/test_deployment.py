@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from epdistill.runs import open_run, write_json
 from epdistill.sealed import read_sealed
 from epdistill.workflows.measured import newest_robustness
 
-DOCS = Path(__file__).parents[2] / "docs"
 RECIPE = """
 name = "tiny"
 seed = 3
@@ -87,34 +85,7 @@ def epd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
-def documented(file: str, part: str) -> set[str]:
-    """The keys in the first columns of the tables of one part of a document."""
-    section = (DOCS / file).read_text().split(f"\n## {part}\n", 1)[1].split("\n## ", 1)[0]
-    found = set()
-    for key in re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE):
-        head, brace, rest = key.partition("{")
-        found |= {head + name for name in (rest.rstrip("}").split(", ") if brace else [""])}
-    return found
-
-
-def paths(value: object, above: str = "") -> Iterator[str]:
-    """Every key of some JSON, as documents write them."""
-    if isinstance(value, dict):
-        for key, inside in value.items():
-            yield above + key
-            yield from paths(inside, f"{above}{key}.")
-    elif isinstance(value, list):
-        for inside in value:
-            yield from paths(inside, f"{above.removesuffix('.')}[].")
-
-
-def unknown(content: object, known: set[str]) -> set[str]:
-    """The keys that a document does not have."""
-    wide = tuple(key.removesuffix("*") for key in known if key.endswith("*"))
-    return {key for key in paths(content) if not key.startswith(wide)} - known
-
-
-def test_all_precisions_of_a_student(work: Path, epd: Call) -> None:
+def test_all_precisions_of_a_student(work: Path, epd: Call, document: Any) -> None:
     done = epd("export", "--int8", "--fp16", "--max-drop", "3", "--robustness", "16")
     run = open_run(work / "runs/tiny-cnn-001")
     data = load("digits", seed=3)
@@ -145,15 +116,16 @@ def test_all_precisions_of_a_student(work: Path, epd: Call) -> None:
         assert str(work) not in card + Path(file["manifest"]).read_text()
     assert Path(done["results"]).is_file()
 
-    known = documented("export.md", "The manifest")
+    described = document("export.md", "The manifest")
+    known = described.keys
     for file in files:
         manifest = json.loads(Path(file["manifest"]).read_text())
-        assert not unknown(manifest, known)
+        assert not described.unknown(manifest)
         assert file["figures"] == manifest["figures"]
     aside = {"metadata", "format_version", "files_sha256", "self_sha256"}
     top = {key for key in known if "." not in key} - aside
     assert top - {"classes", "image_shape"} <= done.keys()
-    printed = documented("export.md", "`epdistill export --json`")
+    printed = document("export.md", "`epdistill export --json`").keys
     assert done.keys() == {key for key in printed if "." not in key}
     assert {f"reduced[].{key}" for key in done["reduced"][0]} <= printed
 
@@ -214,7 +186,7 @@ def test_robustness_of_an_earlier_run_of_the_same_name_is_not_claimed(
     assert newest_robustness(work / "runs", open_run(run.path)) is None
 
 
-def test_bench_times_everybody_under_documented_keys(work: Path, epd: Call) -> None:
+def test_bench_times_everybody_under_documented_keys(work: Path, epd: Call, document: Any) -> None:
     done = epd("export", "--int8", "--max-drop", "5")
     content = epd("bench", "--rounds", "3", "--threads", "1", "--no-compile")
     folder = Path(content.pop("bench")).parent
@@ -239,7 +211,17 @@ def test_bench_times_everybody_under_documented_keys(work: Path, epd: Call) -> N
         flops = row["images_per_second"] * facts[row["name"]]["flops_per_image"]
         assert row["matrix_share"] == pytest.approx(flops / rate)
     assert (folder / "bench.png").stat().st_size > 10_000 and (folder / "bench.svg").is_file()
-    known = documented("bench-schema.md", "bench.json")
-    assert not unknown(content, known)
-    real = set(paths(content))
-    assert {key for key in known if not key.endswith("*")} <= real
+    described = document("bench-schema.md", "bench.json")
+    assert not described.unknown(content) and not described.missing(content)
+    medians = {
+        (row["name"], row["batch_size"]): row["seconds_per_batch"]["median"]
+        for row in content["rows"]
+    }
+    pairs = {("student, onnxruntime", "student, torch"),
+             ("student, onnxruntime int8", "student, onnxruntime")}  # fmt: skip
+    assert {(row["name"], row["to"]) for row in content["comparisons"]} == pairs
+    assert len(content["comparisons"]) == 4
+    for row in content["comparisons"]:
+        size = row["batch_size"]
+        ratio = medians[row["to"], size] / medians[row["name"], size]
+        assert row["speedup"] == pytest.approx(ratio)

@@ -233,6 +233,18 @@ def test_bodies_are_bounded(models: Any) -> None:
     run(work)
 
 
+def test_headers_are_bounded_also_in_one_piece(models: Any) -> None:
+    async def work() -> None:
+        async with client_of(Engine(models, Limits(header_bytes=2000))) as client:
+            for path, headers in (("/v2", {"x": "y" * 2000}), ("/v2?" + "y" * 2000, {})):
+                refused = await client.get(path, headers=headers)
+                assert refused.status_code == 400
+                assert "expected at most 2000" in refused.json()["error"]
+            assert (await client.get("/v2", headers={"x": "y" * 1000})).status_code == 200
+
+    run(work)
+
+
 def test_a_token_is_asked_of_all_but_probes_and_the_page(models: Any) -> None:
     async def work() -> None:
         async with client_of(Engine(models, Limits()), "s3cret") as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -41,6 +42,39 @@ def test_200_flipped_bits_are_all_detected(copy: Path) -> None:
         refused(copy, "damaged or was replaced")
     copy.write_bytes(whole)
     assert list(load_models([copy], threads=1)) == ["digits"]
+
+
+def test_flipped_bits_of_the_manifest_are_all_detected(copy: Path) -> None:
+    """Every bit of every tenth byte."""
+    beside = copy.with_suffix(".json")
+    whole = beside.read_bytes()
+    for place in range(0, len(whole), 10):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            beside.write_bytes(damaged)
+            refused(copy, "manifest")
+    beside.write_bytes(whole)
+    assert list(load_models([copy], threads=1)) == ["digits"]
+
+
+def test_a_manifest_s_lies_are_detected(copy: Path, other: Path) -> None:
+    beside = copy.with_suffix(".json")
+    honest = json.loads(beside.read_text())
+    for changes in (
+        {"kind": "teacher"},
+        {"classes": honest["classes"][::-1]},
+        {"parity": {**honest["parity"], "agreement": 0.5}},
+        {"self_sha256": "0" * 64},
+        {"self_sha256": None},
+    ):
+        beside.write_text(json.dumps({**honest, **changes}))
+        refused(copy, "manifest .* damaged or was edited")
+    for text in ("", beside.read_text()[:-2], "[]", "{}"):
+        beside.write_text(text)
+        refused(copy, "manifest")
+    shutil.copy(other.with_suffix(".json"), beside)
+    refused(copy, "damaged or was replaced")
 
 
 def test_truncated_swapped_and_unvouched_files_are_refused(copy: Path, other: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,20 +101,39 @@ def test_plain_requests_get_the_same_bits(
         assert response.json()["id"] == "7" and response.json()["model_name"] == "digits"
 
 
-def test_answers_from_shared_batches(server: Any, direct: OnnxClassifier, digits: Array) -> None:
-    """Of many clients at once everyone gets their own answer, and some share a batch."""
+def test_real_clients_share_batches(
+    start: Any, model: Path, direct: OnnxClassifier, digits: Array
+) -> None:
+    """Of many clients at once everyone gets their own answer, and they do share batches."""
 
-    def one(k: int) -> tuple[int, Array]:
-        return k, logits_of(ask(server.url, digits[k : k + 1 + k % 3]))
+    def by_requests(url: str, batch: Array) -> Array:
+        return logits_of(ask(url, batch))
 
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(one, range(200)))
+    def by_triton(url: str, batch: Array, binary: bool) -> Array:
+        client = triton.InferenceServerClient(url.removeprefix("http://"))
+        tensor = triton.InferInput("images", list(batch.shape), "FP32")
+        tensor.set_data_from_numpy(batch, binary_data=binary)
+        output = triton.InferRequestedOutput("logits", binary_data=binary)
+        logits: Array = client.infer("digits", [tensor], outputs=[output]).as_numpy("logits")
+        client.close()
+        return logits
+
+    def one(url: str, k: int) -> tuple[int, Array]:
+        batch = digits[k : k + 1 + k % 3]
+        if k % 3 == 0:
+            return k, by_requests(url, batch)
+        return k, by_triton(url, batch, k % 3 == 1)
+
+    with start(model, "--delay-ms", "200") as running, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(partial(one, running.url), range(200)))
+        text = requests.get(f"{running.url}/metrics", timeout=5).text
+        assert running.stop() == 0
     for k, logits in answers:
         expected = direct.run(digits[k : k + 1 + k % 3])
         assert np.abs(logits - expected).max() <= 1e-6 * max(1, np.abs(expected).max())
         assert (logits.argmax(1) == expected.argmax(1)).all()
-    text = requests.get(f"{server.url}/metrics", timeout=5).text
-    assert 'epdistill_batch_images_count{model="digits"}' in text
+    found = re.search(r'^epdistill_batch_images_count\{model="digits"\} (\S+)$', text, re.MULTILINE)
+    assert found and float(found.group(1)) < 150  # batches for 200 requests
 
 
 def good(**changes: Any) -> dict[str, Any]:
