@@ -29,6 +29,8 @@ NAME = "epdistill"
 TOKEN = "EPDISTILL_TOKEN"
 # In every answer: which replica gave it.
 REPLICA_HEADER = "epdistill-replica"
+# What Ray waits beyond a request's deadline, which begins only in the replica.
+GRACE_SECONDS = 5.0
 
 
 def deployed(plan: Plan, options: Mapping[str, Any]) -> Application:
@@ -53,6 +55,7 @@ def deployed(plan: Plan, options: Mapping[str, Any]) -> Application:
         "name": NAME,
         "max_ongoing_requests": plan.limits.requests,
         "max_queued_requests": plan.limits.requests,
+        "graceful_shutdown_timeout_s": plan.limits.deadline + GRACE_SECONDS,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
     try:

@@ -7,13 +7,14 @@ told to. Nothing is reported to Ray's collector.
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import secrets
 import signal
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,10 +31,10 @@ _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
     # Seconds; a busy machine needs more than 5 to import all that Ray's proxy wants.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
 }
-# What Ray's proxy waits beyond a request's deadline, which begins only in the replica.
-_GRACE_SECONDS = 5.0
+_WATCH_SECONDS = 5.0
+_START_SECONDS = 300.0
 
 
 class _Stop(BaseException):
@@ -68,7 +69,12 @@ def serve(
         import ray
         from ray import serve as ray_serve
 
-        from epdistill.export.serving.ray_engine import NAME, deployed, one_line
+        from epdistill.export.serving.ray_engine import (
+            GRACE_SECONDS,
+            NAME,
+            deployed,
+            one_line,
+        )
     except ModuleNotFoundError as error:
         raise ExportError(
             f"--engine ray needs the package {error.name}; expected the extra: "
@@ -80,22 +86,34 @@ def serve(
     with _signals() as listen, _ray(needed) as session:
         listen()  # Ray has put a handler of its own
         _check_resources(needed)
-        http = {
+        proxy = {
             "host": host,
             "port": port,
-            "request_timeout_s": plan.limits.deadline + _GRACE_SECONDS,
+            "request_timeout_s": plan.limits.deadline + GRACE_SECONDS,
         }
         logs = {"log_level": "WARNING", "enable_access_log": False}
         try:
-            ray_serve.start(proxy_location="HeadOnly", http_options=http, logging_config=logs)
+            with suppress(TimeoutError):  # of a slow machine; its proxy is still coming
+                ray_serve.start(proxy_location="HeadOnly", http_options=proxy, logging_config=logs)
             ray_serve.run(app, name=NAME)
-        except (RuntimeError, ray.exceptions.RayError) as error:
+            _wait_ready(host, port)
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
             raise ExportError(
                 f"Ray did not start the replicas ({one_line(error)}); expected it to: "
                 f"see its logs in {session}"
             ) from error
         announce(session)
-        threading.Event().wait()
+        try:
+            while _alive():
+                time.sleep(_WATCH_SECONDS)
+        except _Stop:
+            # What replicas have accepted is finished; Ray's own shutdown would cut it off.
+            ray_serve.delete(NAME)
+            raise
+        raise ExportError(
+            f"Ray's process on this machine ended by itself; expected it to run: see its logs "
+            f"in {session}, and start again"
+        )
 
 
 def _set_environment() -> None:
@@ -117,6 +135,30 @@ def _needed(plan: Plan, options: Mapping[str, Any]) -> dict[str, float]:
     return {name: first * amount for name, amount in each.items()}
 
 
+def _wait_ready(host: str, port: int) -> None:
+    """Wait until Ray's proxy answers.
+
+    Raises:
+        TimeoutError: It does not.
+    """
+    until = time.monotonic() + _START_SECONDS
+    while time.monotonic() < until:
+        connection = http.client.HTTPConnection(host, port, timeout=_START_SECONDS)
+        with suppress(OSError, http.client.HTTPException), closing(connection):
+            connection.request("GET", "/v2/health/ready")
+            if connection.getresponse().status == 200:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"its proxy does not answer after {_START_SECONDS:g} s")
+
+
+def _alive() -> bool:
+    """Whether Ray knows this machine to work."""
+    import ray
+
+    return any(node["Alive"] for node in ray.nodes())
+
+
 def _check_resources(needed: Mapping[str, float]) -> None:
     """Refuse what Ray would wait for without end."""
     import ray
@@ -134,7 +176,6 @@ def _check_resources(needed: Mapping[str, float]) -> None:
 def _ray(needed: Mapping[str, float]) -> Iterator[str]:
     """Ray's processes, which end with the block; the folder of their logs."""
     import ray
-    from ray import serve as ray_serve
 
     from epdistill.export.serving.ray_engine import one_line
 
@@ -156,11 +197,7 @@ def _ray(needed: Mapping[str, float]) -> Iterator[str]:
             ) from error
         yield str(Path(context.address_info["session_dir"]) / "logs")
     finally:
-        try:
-            if ray.is_initialized():
-                ray_serve.shutdown()
-        finally:
-            ray.shutdown()
+        ray.shutdown()
 
 
 @contextmanager
