@@ -84,7 +84,7 @@ def application(args: Mapping[str, Any]) -> Application:
     given = dict(args)
     try:
         paths = [Path(name) for name in given.pop("models")]
-        settings = {
+        settings: dict[str, Any] = {
             "limits": Limits(**given.pop("limits", {})),
             "threads": int(given.pop("threads", 1)),
             "providers": tuple(given.pop("providers", (DEFAULT_PROVIDER,))),

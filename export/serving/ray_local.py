@@ -12,9 +12,10 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,7 +84,8 @@ def serve(
 
     app = deployed(plan, options)
     needed = _needed(plan, options)
-    with _signals() as listen, _ray(needed) as session:
+    out = sys.stdout  # is for what is announced; Ray prints there what it thinks of
+    with redirect_stdout(sys.stderr), _signals() as listen, _ray(needed) as session:
         listen()  # Ray has put a handler of its own
         _check_resources(needed)
         proxy = {
@@ -102,7 +104,8 @@ def serve(
                 f"Ray did not start the replicas ({one_line(error)}); expected it to: "
                 f"see its logs in {session}"
             ) from error
-        announce(session)
+        with redirect_stdout(out):
+            announce(session)
         try:
             while _alive():
                 time.sleep(_WATCH_SECONDS)
