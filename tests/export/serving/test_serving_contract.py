@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,16 @@ def logits_of(answer: requests.Response) -> Array:
     return np.array(output["data"], np.float32).reshape(output["shape"])
 
 
-def client_of(url: str) -> triton.InferenceServerClient:
-    return triton.InferenceServerClient(
-        url.removeprefix("http://"), connection_timeout=60, network_timeout=60
-    )
+@contextmanager
+def client_of(url: str) -> Iterator[triton.InferenceServerClient]:
+    address = url.removeprefix("http://")
+    client = triton.InferenceServerClient(address, connection_timeout=60, network_timeout=60)
+    try:
+        yield client
+    finally:
+        client.close()
+        # Its finaliser closes it again, in whatever thread collects it, which gevent refuses.
+        client.close = lambda: None
 
 
 def probes_and_metadata(url: str, direct: OnnxClassifier, digits: Array) -> None:
@@ -248,7 +255,7 @@ def what_was_accepted_is_answered(running: Any, direct: OnnxClassifier, digits: 
 def descendants(pid: int) -> dict[int, str]:
     """The command lines of all processes below one, by id."""
     listed = subprocess.run(
-        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
     ).stdout
     parents, commands = {}, {}
     for line in listed.splitlines():
