@@ -12,6 +12,7 @@
     runtime           `OnnxClassifier`, the checked file on onnxruntime
     quantise, half    int8 and float16 versions of a file
     reduced           how those are judged and written
+    triton            a model repository for Triton and KServe
     predict           image files -> labels and probabilities
     bench             interleaved latency measurements of several contenders
     costs             operations, the machine's matrix rate, torch.compile

@@ -57,6 +57,10 @@ def export(
             help="Attack the run and its files on so many test images; takes a while.",
         ),
     ] = None,
+    format: Annotated[
+        str,
+        typer.Option("--format", help="onnx; or triton: also a model repository for Triton."),
+    ] = "onnx",
     out: Annotated[
         Path | None, typer.Option("--out", help="The .onnx file; model.onnx in the run without it.")
     ] = None,
@@ -67,10 +71,13 @@ def export(
     json: JsonFlag = False,
 ) -> None:  # fmt: skip
     """Export a run to ONNX; a file that fails its gate is not written."""
+    from epdistill.errors import RecipeError
     from epdistill.workflows.deployment import Wanted
     from epdistill.workflows.deployment import export as work
 
-    wanted = Wanted(int8, fp16, uint8_input, max_drop, sweeps, robustness)
+    if format not in ("onnx", "triton"):
+        raise RecipeError(f"received --format {format}; expected onnx or triton")
+    wanted = Wanted(int8, fp16, uint8_input, max_drop, sweeps, robustness, format == "triton")
     context = context_of(runs, data_root, download, "cpu", quiet)
     done = work(context, run=run, out=out, wanted=wanted)
     if json:
@@ -99,6 +106,17 @@ def export(
             f"epdistill bench {done.run.path}"
             if done.run.kind == "student"
             else f"epdistill predict {result.path} IMAGE",
+        )
+    if done.triton:
+        show_table(
+            str(done.triton[0].config.parents[1]),
+            ["Triton model", "file", "parsed by Triton's protobuf"],
+            [
+                [model.name, str(model.onnx), "yes" if model.validated else "not installed"]
+                for model in done.triton
+            ],
+            None,
+            words=(0, 1, 2),
         )
     if done.evaluated is not None:
         from epdistill.cli.tables import evaluation_table
@@ -149,5 +167,15 @@ def _content(done: Exported) -> dict[str, Any]:
         "run": str(done.run.path),
         **file(result.path),
         "reduced": [file(found.path) for found in done.reduced],
+        "triton": [
+            {
+                "name": model.name,
+                "config": str(model.config),
+                "onnx": str(model.onnx),
+                "sha256": model.sha256,
+                "validated": model.validated,
+            }
+            for model in done.triton
+        ],
         "results": None if done.evaluated is None else str(done.evaluated.folder / "results.json"),
     }

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from epdistill.export.onnx_export import ExportResult
     from epdistill.export.predict import Prediction
     from epdistill.export.reduced import ReducedResult
+    from epdistill.export.triton import TritonModel
 
 PARITY_IMAGES = 64
 # Validation images on which int8 and float16 are judged: half a point is ten of them.
@@ -48,6 +49,7 @@ class Wanted:
         max_drop: Points of top-1 accuracy that those two may lose.
         sweeps: Of a teacher's relaxation; the most of its own schedule when None.
         robustness: Attack all files on so many test images; not at all when None.
+        triton: A model repository with all files.
     """
 
     int8: bool = False
@@ -56,6 +58,7 @@ class Wanted:
     max_drop: float = 0.5
     sweeps: int | None = None
     robustness: int | None = None
+    triton: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,14 @@ class Exported:
         result: The float32 file.
         reduced: The int8 and the float16 file, as far as wanted.
         evaluated: The attacks on all files, if wanted.
+        triton: The models of the repository, if wanted.
     """
 
     run: Run
     result: ExportResult
     reduced: tuple[ReducedResult, ...]
     evaluated: Evaluated | None
+    triton: tuple[TritonModel, ...] = ()
 
 
 def reduced_file(path: Path, precision: str) -> Path:
@@ -118,14 +123,19 @@ def export(
         result = _float_file(source, path, data, context, wanted)
         reduced = _reduced_files(path, data, wanted, source.config["recipe"]["seed"])
     evaluated = None
+    files = [path, *(found.path for found in reduced)]
     if wanted.robustness is not None:
-        files = [path, *(found.path for found in reduced)]
         asked = Asked(suite="quick", limit=wanted.robustness)
         evaluated = evaluate([source.path, *files], context, asked=asked)
         for file in files:
             _add_robustness(file, evaluated)
     refresh_card(source.path, context.runs)
-    return Exported(source, result, reduced, evaluated)
+    models: tuple[TritonModel, ...] = ()
+    if wanted.triton:
+        from epdistill.export.triton import write_models
+
+        models = write_models(files, path.parent / "triton")
+    return Exported(source, result, reduced, evaluated, models)
 
 
 def _float_file(

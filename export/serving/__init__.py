@@ -12,6 +12,9 @@
     app           the ASGI application
     guard         what every request passes: token, overload, draining, counting
     server        uvicorn with a time limit on headers and a graceful end
+    replicas      what the replicas of a deployment have in common
+    ray_engine    the application as a deployment of Ray Serve
+    ray_local     a Ray of our own on this machine
     page          the playground: static files
 
 Nothing here imports torch, nor what needs it: a machine that serves does not have it.

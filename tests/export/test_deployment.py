@@ -136,6 +136,20 @@ def test_all_precisions_of_a_student(work: Path, epd: Call, document: Any) -> No
     assert json.loads(inside["epdistill.robustness"])["measured_on"] == "tiny-cnn-001 (student)"
 
 
+def test_a_triton_repository_of_all_precisions(work: Path, epd: Call) -> None:
+    done = epd("export", "--int8", "--max-drop", "5", "--format", "triton", "--out", "a/net.onnx")
+    assert [model["name"] for model in done["triton"]] == ["net", "net-int8"]
+    for model, file in zip(done["triton"], [done, *done["reduced"]], strict=True):
+        assert model["config"] == f"a/triton/{model['name']}/config.pbtxt"
+        assert model["onnx"] == f"a/triton/{model['name']}/1/model.onnx"
+        assert model["validated"] is True
+        assert model["sha256"] == file["sha256"]
+        assert Path(model["onnx"]).read_bytes() == Path(file["onnx"]).read_bytes()
+    printed = documented("export.md", "`epdistill export --json`")
+    assert {f"triton[].{key}" for key in done["triton"][0]} <= printed
+    assert "onnx or triton" in epd("export", "--format", "tflite", code=2)["error"]
+
+
 def test_a_teacher_s_loop_and_a_file_that_takes_bytes(work: Path, epd: Call) -> None:
     done = epd("export", "runs/tiny-ep-cnn-001", "--sweeps", "40", "--uint8-input")
     assert done["kind"] == "teacher" and done["figures"]["sweeps"] == 40

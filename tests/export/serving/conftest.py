@@ -38,9 +38,9 @@ class Running:
         host, _, port = self.url.removeprefix("http://").rpartition(":")
         return host, int(port)
 
-    def stop(self) -> int:
+    def stop(self, seconds: float = 20) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(seconds)
 
 
 Start = Callable[..., AbstractContextManager[Running]]
@@ -104,7 +104,8 @@ def start() -> Start:
 
     @contextmanager
     def started(*arguments: str | Path, **environment: str) -> Iterator[Running]:
-        defaults = ("--port", "0", "--threads", "1", "--linger", "0.3", "--json")
+        linger = () if "ray" in arguments else ("--linger", "0.3")
+        defaults = ("--port", "0", "--threads", "1", *linger, "--json")
         command = [sys.executable, "-P", "-m", "epdistill", "serve", *defaults]
         process = subprocess.Popen(
             [*command, *map(str, arguments)],
