@@ -28,7 +28,7 @@ def context_of(
     from epdistill.workflows.context import Context
 
     reporter = Reporter(quiet=quiet)
-    return Context(Path(runs), path_of(data_root), download, device, reporter, tuple(track))
+    return Context(Path(runs), path_of(data_root), download, device, reporter, track=tuple(track))
 
 
 def recipe_of(source: Place | None, data: str | None, overrides: Mapping[str, Any]) -> Recipe:

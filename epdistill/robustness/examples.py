@@ -22,6 +22,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from epdistill.data import Images
 from epdistill.errors import EvaluationError
 from epdistill.robustness.attacking import Ledger, open_ledger
 from epdistill.robustness.attacks import PGDSettings, pgd_l2, pgd_linf
@@ -94,7 +95,7 @@ def telling_radius(results: Mapping[str, Any], suite: QuickSuite) -> tuple[str, 
 
 def find_examples(
     subjects: Sequence[Subject],
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     *,
     numbers: Tensor,

@@ -145,7 +145,7 @@ def test_a_triton_repository_of_all_precisions(work: Path, epd: Call) -> None:
         assert model["validated"] is True
         assert model["sha256"] == file["sha256"]
         assert Path(model["onnx"]).read_bytes() == Path(file["onnx"]).read_bytes()
-    printed = documented("export.md", "`epdistill export --json`")
+    printed = document("export.md", "`epdistill export --json`").keys
     assert {f"triton[].{key}" for key in done["triton"][0]} <= printed
     assert "onnx or triton" in epd("export", "--format", "tflite", code=2)["error"]
 
