@@ -136,7 +136,7 @@ def test_all_precisions_of_a_student(work: Path, epd: Call, document: Any) -> No
     assert json.loads(inside["epdistill.robustness"])["measured_on"] == "tiny-cnn-001 (student)"
 
 
-def test_a_triton_repository_of_all_precisions(work: Path, epd: Call) -> None:
+def test_a_triton_repository_of_all_precisions(work: Path, epd: Call, document: Any) -> None:
     done = epd("export", "--int8", "--max-drop", "5", "--format", "triton", "--out", "a/net.onnx")
     assert [model["name"] for model in done["triton"]] == ["net", "net-int8"]
     for model, file in zip(done["triton"], [done, *done["reduced"]], strict=True):
