@@ -103,7 +103,9 @@ def heading(text: str) -> str:
 
 def commands(lines: Sequence[str]) -> str:
     """Commands to be typed, one below the other."""
-    return f"<pre><code>{escape(chr(10).join(lines))}</code></pre>"
+    # Lines break between words only: half a flag is no flag.
+    shown = (" ".join(f"<span>{escape(word)}</span>" for word in line.split(" ")) for line in lines)
+    return f"<pre><code>{chr(10).join(shown)}</code></pre>"
 
 
 def picture(image: Tensor, text: str) -> str:

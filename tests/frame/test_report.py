@@ -110,7 +110,7 @@ def test_the_page_is_whole_by_itself(made: Path) -> None:
 
 
 def test_the_page_shows_what_was_recorded(made: Path) -> None:
-    text = " ".join(read((made / "report.html").read_text()).texts)
+    text = " ".join(" ".join(read((made / "report.html").read_text()).texts).split())
     results = json.loads((made / "evaluate-001/results.json").read_text())
     for model in results["models"]:
         for row in [model["clean"], *model["worst_case"]]:
