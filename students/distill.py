@@ -22,10 +22,33 @@ from epdistill.students.matching import Loss, Matching, matching_loss
 from epdistill.students.model import Student
 from epdistill.students.pretrained import start_from
 from epdistill.students.spec import Goal, StudentSpec
+from epdistill.teachers.model import EPCNN
 from epdistill.teachers.targets import Targets, Teacher
 from epdistill.training import Batch, cosine, model_state, restore_model, seed_of
 
 LOOKED_AT = 16
+# A loose tolerance is reached early: it is looked for often, and after a short coarse phase.
+CHECK_EVERY, COARSE = 5, 10
+
+
+def hurried(teacher: Teacher, tolerance: float | None) -> Teacher:
+    """The teacher as a step of training asks it: stopping at this residual.
+
+    Start, order, omega and precision stay, so it heads for the same equilibria. A teacher
+    that does not relax, or a tolerance below its own, is left as it is.
+    """
+    if tolerance is None or not isinstance(teacher, EPCNN):
+        return teacher
+    own = teacher.schedule
+    if tolerance <= own.tolerance:
+        return teacher
+    return teacher.with_schedule(
+        own.with_(
+            tolerance=tolerance,
+            check_every=min(own.check_every, CHECK_EVERY),
+            coarse=min(own.coarse, COARSE),
+        )
+    )
 
 
 def spec_for(recipe: StudentRecipe, teacher: Teacher) -> StudentSpec:
@@ -97,14 +120,10 @@ def check(recipe: StudentRecipe, teacher: Teacher, data: DataSet) -> None:
                 "expected 0"
             )
         return
-    if (
-        recipe.cached_views
-        and recipe.inputs == "adversarial"
-        and recipe.adversarial_targets != "clean"
-    ):
+    if recipe.cached_views and recipe.inputs == "adversarial" and recipe.targets != "clean":
         raise RecipeError(
             f"cached_views = {recipe.cached_views} with adversarial inputs, which change with the "
-            "student; expected adversarial_targets = clean, or no cache"
+            "student; expected targets = clean, or no cache"
         )
     if recipe.distance == "bce" and recipe.match == "states":
         images = to_float(data.train.images[:LOOKED_AT]).to(teacher.mean.device)
@@ -128,7 +147,7 @@ def cache_for(
     """
     if recipe.cached_views == 0:
         return None
-    device = teacher.mean.device
+    device, asked = teacher.mean.device, hurried(teacher, recipe.teacher_tolerance)
     return ViewCache(
         folder,
         views=recipe.cached_views,
@@ -136,15 +155,15 @@ def cache_for(
         image=(data.channels, data.image_size, data.image_size),
         states=student.targets,
         classes=teacher.classes,
-        teacher=lambda images: teacher.targets(images.to(device)),
+        teacher=lambda images: asked.targets(images.to(device)),
     )
 
 
 class _Learnt(NamedTuple):
-    """A loss, of how many images it is the mean, its parts, and what is counted per image."""
+    """A step's loss, the mean over its images; its parts, means over the settled ones; the rest."""
 
     loss: Tensor
-    images: int
+    settled: int
     parts: dict[str, float]
     values: dict[str, float]
 
@@ -171,8 +190,9 @@ class DistillTask:
         team: Team = ALONE,
     ) -> None:
         self.team = team
-        self.student, self.teacher, self.validation = student, teacher, validation
+        self.student, self.validation = student, validation
         self.recipe, self.cache = recipe.student, cache
+        self.teacher = hurried(teacher, self.recipe.teacher_tolerance)
         self.matching = Matching(
             self.recipe.distance,
             self.recipe.state_weight,
@@ -204,9 +224,9 @@ class DistillTask:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate * min(factor, 1.0)
 
-    def _place(self, batch: Batch) -> Tensor:
-        """The images as both sides see them, but for adversarial steps."""
-        images, generator, shard = batch.images, batch.generator, batch.shard
+    def _place(self, images: Tensor, batch: Batch) -> Tensor:
+        """A batch's images as both sides see them, but for adversarial steps."""
+        generator, shard = batch.generator, batch.shard
         if self.recipe.inputs == "corruption":
             # A type is drawn per quarter of the batch and may draw what it likes: the whole
             # batch is corrupted in every process.
@@ -215,19 +235,23 @@ class DistillTask:
         return noisy(images, self.recipe.inputs, self.recipe.noise_std, generator, shard)
 
     def _ask(self, batch: Batch) -> tuple[Tensor, Targets]:
-        """The placed images and the teacher's answer to them."""
+        """The placed images, and the teacher's answer to them or to the clean ones."""
+        clean = self.recipe.targets == "clean"
+
+        def asked(places: Tensor | slice = slice(None)) -> Tensor:
+            seen = batch.images if clean else self._place(batch.images, batch)
+            return seen[places]
+
         if self.cache is None:
-            images = self._place(batch)
-            return images, self.teacher.targets(images)
-
-        def fresh(places: Tensor) -> Tensor:
-            return self._place(batch)[places]
-
-        images, goal = self.cache.fetch(batch.epoch % self.cache.views, batch.index, fresh)
-        device = batch.images.device
-        states = [state.to(device) for state in goal.states]
-        settled = goal.settled.to(device)
-        return images.to(device), Targets(states, goal.logits.to(device), settled, goal.sweeps)
+            images = asked()
+            goal = self.teacher.targets(images)
+        else:
+            images, goal = self.cache.fetch(batch.epoch % self.cache.views, batch.index, asked)
+            device = batch.images.device
+            states = [state.to(device) for state in goal.states]
+            settled, logits = goal.settled.to(device), goal.logits.to(device)
+            images, goal = images.to(device), Targets(states, logits, settled, goal.sweeps)
+        return (self._place(images, batch) if clean else images), goal
 
     def _search(self, loss: Callable[[Tensor], Tensor], images: Tensor, batch: Batch) -> Tensor:
         """Where the loss of the student, in eval mode, is largest around the images."""
@@ -260,24 +284,24 @@ class DistillTask:
             self.optimiser.zero_grad(set_to_none=True)
             learnt.loss.backward()  # type: ignore[no-untyped-call]
         # The clip is for the gradient of the global batch.
-        self.team.average_gradients(self.student.parameters(), learnt.images)
+        self.team.average_gradients(self.student.parameters(), len(batch.labels))
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.gradient_clip)
         self.optimiser.step()
         self.team.share_buffers(self.student)
-        parts = {"loss": float(learnt.loss.detach()), **learnt.parts}
-        return {
-            **self.team.mean(parts, learnt.images),
-            **self.team.mean(learnt.values, len(batch.labels)),
-        }
+        values = {"loss": float(learnt.loss.detach()), **learnt.values}
+        over_all = self.team.mean(values, len(batch.labels))
+        loss = over_all.pop("loss")
+        return {"loss": loss, **self.team.mean(learnt.parts, learnt.settled), **over_all}
 
     def _supervised(self, batch: Batch) -> _Learnt:
-        images, labels = self._place(batch), batch.labels
+        images, labels = self._place(batch.images, batch), batch.labels
         if self.recipe.inputs == "adversarial":
             images = self._search(lambda x: F.cross_entropy(self.student(x), labels), images, batch)
         logits = self.student(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
-        accuracy = float((logits.argmax(1) == labels).double().mean())
-        return _Learnt(loss, len(labels), {}, {"accuracy": accuracy})
+        loss = self._label_loss(logits, labels)
+        return _Learnt(
+            loss, 0, {}, {"accuracy": float((logits.argmax(1) == labels).double().mean())}
+        )
 
     def _distilled(self, batch: Batch) -> _Learnt:
         images, goal = self._ask(batch)
@@ -285,10 +309,18 @@ class DistillTask:
         if self.recipe.inputs == "adversarial":
             # The teacher's answer is held while the student is searched.
             images = self._search(lambda x: self._loss(x, goal)[0].total, images, batch)
-            if self.recipe.adversarial_targets == "there":
+            if self.recipe.targets == "there":
                 goal = self.teacher.targets(images)
                 spent.append(goal.sweeps)
         loss, logits = self._loss(images, goal)
+        settled = int(goal.settled.sum())
+        total = loss.total
+        if self.team.size > 1:
+            # It is a mean over settled images, and processes are weighted by all of theirs.
+            everywhere = max(int(self.team.sum(torch.tensor(settled))), 1)
+            total = total * (settled / everywhere * batch.shard.count / len(batch.labels))
+        if self.recipe.label_weight:
+            total = total + self.recipe.label_weight * self._label_loss(logits, batch.labels)
         parts = {"states": float(loss.states), "kl": float(loss.logits)}
         values = {
             "accuracy": float((logits.argmax(1) == batch.labels).double().mean()),
@@ -297,7 +329,10 @@ class DistillTask:
         sweeps = [float(s.double().mean()) for s in spent if s is not None]
         if sweeps:
             values["sweeps"] = sum(sweeps)
-        return _Learnt(loss.total, int(goal.settled.sum()), parts, values)
+        return _Learnt(total, settled, parts, values)
+
+    def _label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
 
     def _loss(self, images: Tensor, goal: Targets) -> tuple[Loss, Tensor]:
         landed, logits = self.student.match(images)

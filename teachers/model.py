@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -94,8 +95,12 @@ class EPCNN(nn.Module):
     Args:
         architecture: Shapes, activation, readout, normalisation.
         schedule: The relaxation that defines the answer; part of the model.
-        init_scale: Factor on PyTorch's default initialisation U(+-1/sqrt(fan_in)) of
-            the weights (1 is the published choice).
+        init_scale: Factor on PyTorch's default initialisation U(+-1/sqrt(fan_in)) of the
+            convolutions' weights (1 is the published choice); or one per layer and one for
+            the readout, where there is one.
+
+    Raises:
+        RecipeError: Another number of factors.
     """
 
     mean: Tensor
@@ -107,7 +112,7 @@ class EPCNN(nn.Module):
         architecture: Architecture,
         schedule: Schedule | None = None,
         *,
-        init_scale: float = 1.0,
+        init_scale: float | Sequence[float] = 1.0,
     ) -> None:
         super().__init__()
         self.architecture = architecture
@@ -128,11 +133,23 @@ class EPCNN(nn.Module):
             else None
         )
         with torch.no_grad():
-            for module in self.layers:
-                module.weight.mul_(init_scale)  # type: ignore[operator]
+            for module, factor in zip(*self._scaled(init_scale), strict=True):
+                module.weight.mul_(factor)  # type: ignore[operator]
         shape = (1, architecture.in_channels, 1, 1)
         self.register_buffer("mean", torch.tensor(architecture.mean).view(shape))
         self.register_buffer("std", torch.tensor(architecture.std).view(shape))
+
+    def _scaled(self, scale: float | Sequence[float]) -> tuple[list[nn.Module], list[float]]:
+        """Which weights are scaled at the start, and by how much."""
+        if isinstance(scale, (int, float)):
+            return list(self.layers), [float(scale)] * len(self.layers)
+        modules = [*self.layers, *([] if self.readout is None else [self.readout])]
+        if len(scale) != len(modules):
+            raise RecipeError(
+                f"{len(scale)} factors in init_scale for {len(modules)} layers (a linear readout "
+                f"is the last); expected 1 or {len(modules)}"
+            )
+        return modules, list(scale)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

@@ -18,14 +18,16 @@ from epdistill.cli.flags import (
 )
 from epdistill.cli.output import emit_json
 
+TOPICS = ("dynamics", "distill")
+
 
 def bench(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[dynamics] [RUN]",
-            help="A student's run, the newest without it; after the word dynamics a teacher's, the "
-            "small one that comes with the package without it.",
+            metavar="[dynamics|distill] [RUN]",
+            help="A student's run, the newest without it; after the words dynamics and distill a "
+            "teacher's, the small one that comes with the package without it.",
         ),
     ] = None,
     recipe: Annotated[
@@ -48,16 +50,14 @@ def bench(
     quiet: QuietFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Time teacher and student, or with `dynamics` the variants of the relaxation, in one run."""
-    from epdistill.cli.tables import bench_table, dynamics_table
+    """Time teacher and student; `dynamics`: the relaxation's variants; `distill`: its cost."""
+    from epdistill.cli.tables import bench_table, distilling_table, dynamics_table
     from epdistill.errors import RecipeError
     from epdistill.recipes import load_recipe
     from epdistill.workflows.training import inherit
 
     rest = list(words or [])
-    about_dynamics = bool(rest) and rest[0] == "dynamics"
-    if about_dynamics:
-        rest.pop(0)
+    topic = rest.pop(0) if rest and rest[0] in TOPICS else None
     if len(rest) > 1:
         raise RecipeError(f"received {len(rest)} runs ({' '.join(rest)}); expected one at most")
     run = Path(rest[0]) if rest else None
@@ -66,7 +66,16 @@ def bench(
         given = load_recipe(recipe).model_dump(exclude_unset=True)
         chosen = inherit(given, {"student.name": student}, recipe)
     context = context_of(runs, data_root, False, "cpu", quiet)
-    if about_dynamics:
+    if topic == "distill":
+        from epdistill.workflows.distilling_cost import NAME, distilling_cost
+
+        cost = distilling_cost(context, run=run, recipe=chosen, out=out, rounds=rounds or 15)
+        if json:
+            emit_json({"distill": str(cost.folder / NAME), **cost.content})
+        else:
+            distilling_table(cost)
+        return
+    if topic == "dynamics":
         from epdistill.workflows.dynamics import dynamics
 
         measured = dynamics(context, run=run, recipe=chosen, out=out, rounds=rounds or 7, plot=plot)

@@ -8,6 +8,7 @@ from epdistill.cli.output import show_table
 
 if TYPE_CHECKING:
     from epdistill.workflows.benchmark import Benched
+    from epdistill.workflows.distilling_cost import DistillingCost
     from epdistill.workflows.dynamics import Dynamics
     from epdistill.workflows.evaluation import Evaluated
     from epdistill.workflows.path import Finished
@@ -180,6 +181,27 @@ def dynamics_table(done: Dynamics) -> None:
         f"{done.folder}: {content['model']}, batch {content['batch']}; {hardware['cpu']}, "
         f"{hardware['torch_threads']} threads",
         ["", "ours", "published"],
+        rows,
+        None,
+    )
+
+
+def distilling_table(done: DistillingCost) -> None:
+    """Times the cost of a step on labels alone, with quartiles."""
+    content = done.content
+    rows = [
+        [
+            found["name"],
+            f"{found['times']:.2f} ({found['low']:.2f}-{found['high']:.2f})",
+            "" if found["sweeps"] is None else f"{found['sweeps']:.1f}",
+        ]
+        for found in content["costs"]
+    ]
+    hardware = content["hardware"]
+    show_table(
+        f"{done.folder}: {content['teacher']}; {hardware['cpu']}, "
+        f"{hardware['torch_threads']} threads",
+        ["a training step", "times the cost of one on labels alone", "sweeps"],
         rows,
         None,
     )

@@ -20,6 +20,8 @@ class AblateRecipe(Section):
         deciding: Rows that are trained on every seed.
         seeds: How many those are, counted from the recipe's `seed`.
         other_seeds: On how many of them the other rows are trained.
+        vary: What a seed moves: `all`, or the `student` alone, where one teacher is all that
+            can be afforded; the spread over seeds then says nothing about teachers.
         suite: `quick` or `full`.
         limit: Images that are attacked, drawn by the recipe's seed: the same for all.
         linf: Radii of the Linf balls, in units of the [0,1] pixel range.
@@ -30,6 +32,7 @@ class AblateRecipe(Section):
     deciding: tuple[str, ...] = ("ep-teacher", "ce", "noise", "ce-inputs", "distilled")
     seeds: PositiveInt = 3
     other_seeds: PositiveInt = 1
+    vary: Literal["all", "student"] = "all"
     suite: Literal["quick", "full"] = "quick"
     limit: PositiveInt = 200
     linf: tuple[PositiveFloat, ...] = (0.00464159, 0.01, 0.0215443, 8 / 255)

@@ -66,7 +66,10 @@ class TeacherRecipe(_Section):
         readout: `cross-entropy`: a linear readout outside the dynamics; `mse`: a settling
             output layer on top of the others.
         activation: `half` is clip(h/2, 0, 1), `unit` is clip(h, 0, 1).
-        init_scale: Factor on PyTorch's default initial weights.
+        init_scale: Factor on PyTorch's default initial weights of all convolutions, or one per
+            layer, the readout last. No layer feeds back to the images and none reads the
+            readout back into its drive, so these two may be large; large layers between
+            them couple until a nudge tips images into other basins.
         std_scale: Factor on the images' standard deviation that they are divided by.
         mean: Per-channel mean in [0,1]; measured on the training set without it.
         std: Per-channel standard deviation; measured without it.
@@ -104,7 +107,7 @@ class TeacherRecipe(_Section):
     layers: tuple[LayerRecipe, ...] | None = None
     readout: Literal["cross-entropy", "mse"] = "cross-entropy"
     activation: Literal["half", "unit"] = "half"
-    init_scale: PositiveFloat = 1.0
+    init_scale: PositiveFloat | tuple[PositiveFloat, ...] = 1.0
     std_scale: PositiveFloat = 1.0
     mean: tuple[float, ...] | None = None
     std: tuple[PositiveFloat, ...] | None = None
@@ -144,7 +147,7 @@ class StudentRecipe(_Section):
         pretrained: A safetensors or torch file with weights for the backbone to start from.
         loss: `distill` from the teacher, or, as a control, `ce`: cross-entropy with the
             labels, without any teacher.
-        label_smoothing: Share of the label spread over all classes; `ce` only.
+        label_smoothing: Share of the label spread over all classes.
         match: What is distilled: all layers' `states`, the `last` layer's alone, both with
             the logits, or the `logits` alone.
         distance: Between states: `mse` over the states' variance, `bce` for states in [0,1]
@@ -155,6 +158,8 @@ class StudentRecipe(_Section):
         inputs: Where in input space: `clean` images, `noise` (every image with Gaussian
             noise), `mix` (half of each batch with noise), `corruption` (every image with one
             of `corruptions`), `adversarial` (where the student's loss is largest).
+        targets: Which of the teacher's answers is to be given at such an image: the one
+            `there`, or, to learn the neighbourhood away, the one at the `clean` image.
         noise_std: Standard deviation of that noise, in units of the [0,1] pixel range;
             each noisy image draws its own between 0 and this.
         corruptions: Types drawn from, each at a random severity; the default are the four
@@ -162,13 +167,15 @@ class StudentRecipe(_Section):
         adversarial_norm: Of the ball that is searched.
         adversarial_eps: Its radius, on pixels in [0,1].
         adversarial_steps: Gradient steps of that search.
-        adversarial_targets: The teacher's answer `there` or at the `clean` image.
+        teacher_tolerance: Residual at which a teacher that relaxes is good enough to learn
+            from; its own tolerance without it. Figures are always taken at its own.
         cached_views: Train on this many replayed views of every image and keep the
             teacher's answers to them on disk; 0 asks the teacher in every step.
         fidelity_noise: Standard deviation of the noise under which fidelity is reported.
         fidelity_eps: Linf radius of the PGD-10 under which fidelity is reported.
         state_weight: Weight of the mean over layers of the states' distance.
         logit_weight: Weight of the KL divergence from the teacher's to the student's answer.
+        label_weight: Weight of the cross-entropy with the labels beside these two.
         learning_rate: Peak, reached after `warmup` of all steps.
         momentum: Of stochastic gradient descent (Nesterov).
         weight_decay: On convolution and linear weights.
@@ -189,6 +196,7 @@ class StudentRecipe(_Section):
     readout: Literal["frozen", "learned"] | None = None
     temperature: PositiveFloat = 1.0
     inputs: Literal["clean", "noise", "mix", "corruption", "adversarial"] = "mix"
+    targets: Literal["there", "clean"] = "there"
     noise_std: float = Field(default=0.1, ge=0.0, le=1.0)
     corruptions: tuple[str, ...] = Field(
         default=("speckle_noise", "gaussian_blur", "spatter", "saturate"), min_length=1
@@ -196,12 +204,13 @@ class StudentRecipe(_Section):
     adversarial_norm: Literal["linf", "l2"] = "linf"
     adversarial_eps: PositiveFloat = 8 / 255
     adversarial_steps: PositiveInt = 5
-    adversarial_targets: Literal["there", "clean"] = "there"
+    teacher_tolerance: PositiveFloat | None = None
     cached_views: int = Field(default=0, ge=0)
     fidelity_noise: PositiveFloat = 0.1
     fidelity_eps: PositiveFloat = 8 / 255
     state_weight: float = Field(default=1.0, ge=0.0)
     logit_weight: float = Field(default=1.0, ge=0.0)
+    label_weight: float = Field(default=0.0, ge=0.0)
     learning_rate: PositiveFloat = 0.1
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     weight_decay: float = Field(default=5e-4, ge=0.0)

@@ -61,6 +61,11 @@ ROWS = (
         "distilled-adversarial", "distilled, adversarial images (trained for, not inherited)",
         "student", {"student.inputs": "adversarial", "student.cached_views": 0},
     ),
+    Row(
+        "distilled-invariant", "distilled, the clean image's answer on noisy ones", "student",
+        {"student.targets": "clean"},
+    ),
+    Row("distilled-labels", "distilled, and labels", "student", {"student.label_weight": 1.0}),
     Row("distilled-bptt", "distilled from the BPTT twin", "student", {"teacher.rule": "bptt"}),
     Row("distilled-adv", "distilled from the adv-cnn", "student", {"model": "adv-cnn"}),
     Row("adv-cnn", "adversarial training itself", "teacher", {"model": "adv-cnn"}),
@@ -194,10 +199,13 @@ class Plan:
     def _cell(self, row: Row, seed: int) -> Cell:
         base = self.recipe.model_dump(mode="json")
         recipe = inherit(base, {**row.keys, "seed": seed}, f"{self.recipe.name}, row {row.name}")
+        taught = recipe
+        if self.recipe.ablate.vary == "student":
+            taught = recipe.model_copy(update={"seed": self.recipe.seed})
         keys = {key: value for key, value in row.keys.items() if _value(base, key) != value}
         above = {key: value for key, value in keys.items() if not key.startswith("student.")}
         rule = "" if recipe.model != EP_CNN else f"-{recipe.teacher.rule}"
-        teacher = Cell(f"{recipe.model}{rule}", recipe, above)
+        teacher = Cell(f"{recipe.model}{rule}", taught, above)
         return teacher if row.kind == "teacher" else Cell(row.name, recipe, keys, teacher)
 
 

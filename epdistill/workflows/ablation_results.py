@@ -59,8 +59,9 @@ def _found(place: Workplace, entry: Entry) -> Found:
     path, folder = place.path(entry.cell), place.evaluation(entry.cell)
     config = open_run(path).config
     (model,) = (m for m in read_results(folder)["models"] if m["name"] == path.name)
-    # Validation images are others for every seed, test images are the same.
-    mark = None if place.split == TEST else entry.seed
+    # A teacher's seed draws its validation images; test images are the same for all.
+    taught = (entry.cell.teacher or entry.cell).recipe.seed
+    mark = None if place.split == TEST else taught
     cases: dict[Case, dict[Hashable, bool]] = {
         case: {(mark, number): right for number, right in answers.items()}
         for case, answers in worst_cases(folder, path.name).items()

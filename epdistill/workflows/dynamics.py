@@ -147,7 +147,7 @@ def _subject(
         data = stand_in(recipe, images=BATCH)
         return build_teacher(recipe, data).eval(), data, f"untrained network of {recipe.name}"
     if run is None:
-        return _shipped(context)
+        return shipped(context)
     source = require_finished(open_run(run, "teacher"))
     model = load_epcnn(source).float()
     if model.readout is None:
@@ -155,7 +155,7 @@ def _subject(
     return model, context.data_of(source), source.name
 
 
-def _shipped(context: Context) -> tuple[EPCNN, DataSet, str]:
+def shipped(context: Context) -> tuple[EPCNN, DataSet, str]:
     """The teacher of the package, on CIFAR-10 if it is there and on noise otherwise."""
     from epdistill.recipes import load_recipe
     from epdistill.teachers.pretrained import shipped_teacher

@@ -156,6 +156,18 @@ def test_deciding_rows_get_more_seeds(base: Recipe):
     assert names == [(label, seed) for seed in (0, 1) for label in ("ep-cnn-ep", "ce", "distilled")]
 
 
+def test_one_teacher_for_all_seeds(base: Recipe):
+    own = base.model_copy(update={"ablate": base.ablate.model_copy(update={"vary": "student"})})
+    cells = plan_for(own, ["ce", "distilled"], 3).cells()
+    taught = [cell for cell in cells if cell.teacher is None]
+    assert [cell.recipe.seed for cell in taught] == [base.seed]
+    students = [cell for cell in cells if cell.teacher is not None]
+    assert sorted(cell.recipe.seed for cell in students) == [0, 0, 1, 1, 2, 2]
+    assert len({cell.fingerprint for cell in students}) == 6
+    # With the seeds of both moved, every seed has a teacher of its own.
+    assert sum(cell.teacher is None for cell in plan_for(base, ["ce"], 3).cells()) == 3
+
+
 def test_fingerprints_tell_trainings_apart(base: Recipe):
     def prints(**sections: Any) -> dict[str, str]:
         recipe = base.model_copy(

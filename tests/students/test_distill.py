@@ -13,10 +13,11 @@ from torch import Tensor
 from epdistill.data import DataSet
 from epdistill.errors import EvaluationError, RecipeError
 from epdistill.recipes import Recipe, load_recipe
-from epdistill.students.distill import DistillTask, build_student, check, spec_for
+from epdistill.students.distill import DistillTask, build_student, check, hurried, spec_for
 from epdistill.students.model import Student
 from epdistill.teachers.baselines.registry import build_baseline
 from epdistill.teachers.model import EPCNN
+from epdistill.teachers.relaxation import residuals
 from epdistill.teachers.targets import Targets, Teacher
 from epdistill.training import Batch
 
@@ -35,7 +36,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"inputs": "mix"},
     {"inputs": "corruption", "corruptions": ["brightness", "pixelate"]},
     {"inputs": "adversarial", "adversarial_steps": 2},
-    {"inputs": "adversarial", "adversarial_steps": 2, "adversarial_targets": "clean"},
+    {"inputs": "adversarial", "adversarial_steps": 2, "targets": "clean"},
+    {"inputs": "noise", "targets": "clean"},
+    {"label_weight": 0.5, "label_smoothing": 0.1},
+    {"teacher_tolerance": 0.05},
     {"inputs": "adversarial", "adversarial_norm": "l2", "adversarial_eps": 0.5},
     {"loss": "ce"},
     {"loss": "ce", "label_smoothing": 0.2},
@@ -142,6 +146,50 @@ def test_both_sides_see_the_same_images(
     assert torch.equal(taught[0], batch.images) is (inputs == "clean")
 
 
+@pytest.mark.parametrize("inputs", ["noise", "mix", "corruption"])
+def test_the_clean_answer_is_asked_for_noisy_images(
+    inputs: str, teacher: EPCNN, data: DataSet, recipe: RecipeOf, batch_of: BatchOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    batch = batch_of()
+    own = recipe(inputs=inputs, targets="clean")
+    taught, seen = asked_images(own, teacher, data, batch, monkeypatch)
+    assert len(taught) == len(seen) == 1
+    assert torch.equal(taught[0], batch.images)
+    assert not torch.equal(seen[0], batch.images)
+
+
+def test_the_labels_term_is_added(
+    teacher: EPCNN, data: DataSet, recipe: RecipeOf, batch_of: BatchOf
+) -> None:
+    without = first_loss(recipe(), teacher, data, batch_of())
+    labels = first_loss(recipe(loss="ce"), teacher, data, batch_of())
+    both = first_loss(recipe(label_weight=0.5, readout="learned"), teacher, data, batch_of())
+    frozen = first_loss(recipe(label_weight=0.5), teacher, data, batch_of())
+    assert frozen["loss"] > without["loss"]
+    parts = both["states"] + both["kl"]
+    # The same student, whose learned readout starts as that of a student without a teacher.
+    assert both["loss"] == pytest.approx(parts + 0.5 * labels["loss"], rel=1e-5)
+
+
+def test_a_hurried_teacher_stops_early_at_the_same_equilibria(
+    teacher: EPCNN, batch_of: BatchOf, plain: Callable[..., Any]
+) -> None:
+    images = batch_of().images
+    exact, early = teacher.targets(images), hurried(teacher, 0.05).targets(images)
+    assert exact.sweeps is not None and early.sweeps is not None
+    assert float(early.sweeps.double().mean()) < float(exact.sweeps.double().mean())
+    assert bool(early.settled.all())
+    network, x = teacher.network(), teacher.normalise(images)
+    assert float(residuals(network, x, early.states).max()) <= 0.05
+    gap = [((a - b) ** 2).mean() / a.var() for a, b in zip(exact.states, early.states, strict=True)]
+    assert 0 < float(max(gap)) < 0.05
+    for same in (hurried(teacher, None), hurried(teacher, teacher.schedule.tolerance / 2)):
+        assert same is teacher
+    other = plain()
+    assert hurried(other, 0.05) is other
+
+
 @pytest.mark.parametrize("where", ["there", "clean"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_adversarial_inputs(
@@ -149,7 +197,7 @@ def test_adversarial_inputs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     own = recipe(
-        inputs="adversarial", adversarial_targets=where, adversarial_norm=norm,
+        inputs="adversarial", targets=where, adversarial_norm=norm,
         adversarial_eps=0.3, adversarial_steps=3,
     )  # fmt: skip
     batch = batch_of()
@@ -167,7 +215,7 @@ def test_adversarial_inputs(
 def test_the_search_finds_more_disagreement_than_noise(
     teacher: EPCNN, data: DataSet, recipe: RecipeOf, batch_of: BatchOf
 ) -> None:
-    changes = {"adversarial_targets": "clean", "adversarial_eps": 0.1, "adversarial_steps": 5}
+    changes = {"targets": "clean", "adversarial_eps": 0.1, "adversarial_steps": 5}
     worst = first_loss(recipe(inputs="adversarial", **changes), teacher, data, batch_of())
     clean = first_loss(recipe(inputs="clean"), teacher, data, batch_of())
     assert worst["loss"] > clean["loss"]
@@ -228,7 +276,7 @@ def test_refusals_before_training(
     other.classes, other.image_size = 10, 28
     refuse("digits has 8 pixels a side, the teacher 28", other)
     check(recipe(distance="bce").student, teacher, data)
-    clean = {"inputs": "adversarial", "adversarial_targets": "clean"}
+    clean = {"inputs": "adversarial", "targets": "clean"}
     check(recipe(cached_views=1, **clean).student, teacher, data)
 
 
@@ -237,7 +285,8 @@ def test_refusals_before_training(
     [
         ("match", "some"), ("distance", "l1"), ("readout", "none"), ("inputs", "dirty"),
         ("loss", "mse"), ("label_smoothing", 1.0), ("temperature", 0), ("adversarial_eps", 0),
-        ("cached_views", -1), ("adversarial_targets", "here"), ("corruptions", []),
+        ("cached_views", -1), ("targets", "here"), ("corruptions", []),
+        ("teacher_tolerance", 0), ("label_weight", -1.0),
     ],
 )  # fmt: skip
 def test_keys_out_of_range(key: str, value: object) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from epdistill.augment import Augmentation
 from epdistill.data import DataSet, load
-from epdistill.errors import DivergedError
+from epdistill.errors import DivergedError, RecipeError
 from epdistill.recipes import load_recipe
 from epdistill.teachers.architecture import Architecture, LayerSpec, layers_for
 from epdistill.teachers.health import Watch, collapsed_layers
@@ -348,3 +348,21 @@ def test_a_falling_share_of_settled_images_is_told() -> None:
     assert told == []
     told = [trouble.name for _ in range(60) for trouble in watch.look(bad)]
     assert told == ["unsettled"]
+
+
+def test_initial_factors_per_layer() -> None:
+    architecture = small().architecture
+
+    def weights(scale: float | list[float]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = EPCNN(architecture, SETTLE, init_scale=scale)
+        return [m.weight.detach() for m in (*model.layers, model.readout)]
+
+    plain, depth = weights(1.0), len(architecture.layers)
+    assert all(torch.equal(3 * a, b) for a, b in zip(plain[:-1], weights(3.0)[:-1], strict=True))
+    assert torch.equal(plain[-1], weights(3.0)[-1])
+    factors = [float(n + 2) for n in range(depth + 1)]
+    for factor, a, b in zip(factors, plain, weights(factors), strict=True):
+        assert torch.equal(factor * a, b)
+    with pytest.raises(RecipeError, match=f"{depth} factors in init_scale for {depth + 1} layers"):
+        weights(factors[:-1])
