@@ -20,14 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from epdistill import _sources
+from epdistill.cutting import first_of, take_share
 from epdistill.errors import DataError, RecipeError
-from epdistill.streaming import Files, Stream
+from epdistill.streaming import Files, Images, Stream, chunks
 
 __all__ = [
     "NAMES",
@@ -47,31 +48,6 @@ DEFAULT_ROOT = Path("data")
 MIN_SIZE, MAX_SIZE = 8, 224
 TEST_FRACTION = 0.2
 STD_FLOOR = 1 / 255  # one grey level: a constant channel must not divide by zero
-CHUNK = 1024  # images looked at together where a whole split is gone through
-
-
-class Images(Protocol):
-    """Pixels of a split: a tensor, or files that give the same when they are indexed."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """(N, C, H, W)."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """`torch.uint8`."""
-
-    @property
-    def ndim(self) -> int:
-        """4."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where an index gives tensors."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,14 +238,14 @@ def load(
     kept = torch.arange(len(labels))
     if raw.test is None:
         ranking = torch.tensor(sorted(range(len(labels)), key=lambda index: raw.keys[index]))
-        chosen, kept = _take_share(labels, ranking, TEST_FRACTION)
+        chosen, kept = take_share(labels, ranking, TEST_FRACTION)
         test_images, test_labels = _take(images, chosen), labels[chosen]
     else:
         test_images, test_labels = raw.test
     shuffled = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
-    validation, train = (kept[i] for i in _take_share(labels[kept], shuffled, validation_fraction))
+    validation, train = (kept[i] for i in take_share(labels[kept], shuffled, validation_fraction))
     if limit is not None:
-        train = train[_first(labels[train], limit)]
+        train = train[first_of(labels[train], limit)]
 
     size = image_size or width
     return DataSet(
@@ -341,41 +317,6 @@ def _check_counts(name: str, raw: _sources.Raw) -> None:
             f"class {raw.classes[fewest]!r} of {name} has {counts[fewest]} training image(s); "
             f"expected at least {needed}, one for each split ({splits}): add images"
         )
-
-
-def _take_share(labels: Tensor, ranking: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Of each class take the share that stands first in a ranking.
-
-    Args:
-        labels: int64 (N,), at least two of each class that occurs.
-        ranking: A permutation of the indices, int64 (N,).
-        fraction: Of each class, rounded, but at least one and not all.
-
-    Returns:
-        Indices taken and indices left, both in ascending order.
-    """
-    taken = torch.zeros(len(labels), dtype=torch.bool)
-    ranked = labels[ranking]
-    for label in sorted(set(labels.tolist())):
-        members = ranking[ranked == label]
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        taken[members[:count]] = True
-    return taken.nonzero().flatten(), (~taken).nonzero().flatten()
-
-
-def _first(labels: Tensor, limit: int) -> Tensor:
-    """Ascending indices of the first `limit` images, in the classes' proportions."""
-    # Image r of a class of n comes at "time" r / n: every prefix is stratified.
-    times = torch.empty(len(labels), dtype=torch.float64)
-    for label in sorted(set(labels.tolist())):
-        members = (labels == label).nonzero().flatten()
-        times[members] = torch.arange(len(members), dtype=torch.float64) / len(members)
-    return times.argsort(stable=True)[:limit].sort().values
-
-
-def chunks(images: Images) -> Iterator[Tensor]:
-    """All images in order, at most `CHUNK` at a time: uint8 (n, C, H, W)."""
-    return (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
 
 
 def to_float(images: Tensor) -> Tensor:

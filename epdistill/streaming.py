@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,32 @@ AHEAD = 2
 # Of the machine's memory: what a folder's pixels may take before `auto` streams them. The
 # result is the same either way.
 SHARE = 0.25
+CHUNK = 1024  # images looked at together where a whole split is gone through
 Found = tuple[Tensor, Tensor | str]
+
+
+class Images(Protocol):
+    """Pixels of a split: a tensor, or files that give the same when they are indexed."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C, H, W)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`torch.uint8`."""
+
+    @property
+    def ndim(self) -> int:
+        """4."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where an index gives tensors."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +174,11 @@ def _checked(batches: Iterator[Found]) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(pixels, str):
             raise DataError(pixels)
         yield index, pixels
+
+
+def chunks(images: Images) -> Iterator[Tensor]:
+    """All images in order, at most `CHUNK` at a time: uint8 (n, C, H, W)."""
+    return (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
 
 
 def too_large(size_bytes: int) -> bool:

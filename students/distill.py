@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,10 +160,10 @@ def cache_for(
 
 
 class _Learnt(NamedTuple):
-    """A loss, of how many images it is the mean, its parts, and what is counted per image."""
+    """A step's loss, the mean over its images; its parts, means over the settled ones; the rest."""
 
     loss: Tensor
-    images: int
+    settled: int
     parts: dict[str, float]
     values: dict[str, float]
 
@@ -225,9 +224,9 @@ class DistillTask:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate * min(factor, 1.0)
 
-    def _place(self, batch: Batch) -> Tensor:
-        """The images as both sides see them, but for adversarial steps."""
-        images, generator, shard = batch.images, batch.generator, batch.shard
+    def _place(self, images: Tensor, batch: Batch) -> Tensor:
+        """A batch's images as both sides see them, but for adversarial steps."""
+        generator, shard = batch.generator, batch.shard
         if self.recipe.inputs == "corruption":
             # A type is drawn per quarter of the batch and may draw what it likes: the whole
             # batch is corrupted in every process.
@@ -240,7 +239,7 @@ class DistillTask:
         clean = self.recipe.targets == "clean"
 
         def asked(places: Tensor | slice = slice(None)) -> Tensor:
-            seen = batch.images if clean else self._place(batch)
+            seen = batch.images if clean else self._place(batch.images, batch)
             return seen[places]
 
         if self.cache is None:
@@ -252,7 +251,7 @@ class DistillTask:
             states = [state.to(device) for state in goal.states]
             settled, logits = goal.settled.to(device), goal.logits.to(device)
             images, goal = images.to(device), Targets(states, logits, settled, goal.sweeps)
-        return (self._place(replace(batch, images=images)) if clean else images), goal
+        return (self._place(images, batch) if clean else images), goal
 
     def _search(self, loss: Callable[[Tensor], Tensor], images: Tensor, batch: Batch) -> Tensor:
         """Where the loss of the student, in eval mode, is largest around the images."""
@@ -285,24 +284,24 @@ class DistillTask:
             self.optimiser.zero_grad(set_to_none=True)
             learnt.loss.backward()  # type: ignore[no-untyped-call]
         # The clip is for the gradient of the global batch.
-        self.team.average_gradients(self.student.parameters(), learnt.images)
+        self.team.average_gradients(self.student.parameters(), len(batch.labels))
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.gradient_clip)
         self.optimiser.step()
         self.team.share_buffers(self.student)
-        parts = {"loss": float(learnt.loss.detach()), **learnt.parts}
-        return {
-            **self.team.mean(parts, learnt.images),
-            **self.team.mean(learnt.values, len(batch.labels)),
-        }
+        values = {"loss": float(learnt.loss.detach()), **learnt.values}
+        over_all = self.team.mean(values, len(batch.labels))
+        loss = over_all.pop("loss")
+        return {"loss": loss, **self.team.mean(learnt.parts, learnt.settled), **over_all}
 
     def _supervised(self, batch: Batch) -> _Learnt:
-        images, labels = self._place(batch), batch.labels
+        images, labels = self._place(batch.images, batch), batch.labels
         if self.recipe.inputs == "adversarial":
             images = self._search(lambda x: F.cross_entropy(self.student(x), labels), images, batch)
         logits = self.student(images)
         loss = self._label_loss(logits, labels)
-        accuracy = float((logits.argmax(1) == labels).double().mean())
-        return _Learnt(loss, len(labels), {}, {"accuracy": accuracy})
+        return _Learnt(
+            loss, 0, {}, {"accuracy": float((logits.argmax(1) == labels).double().mean())}
+        )
 
     def _distilled(self, batch: Batch) -> _Learnt:
         images, goal = self._ask(batch)
@@ -314,11 +313,14 @@ class DistillTask:
                 goal = self.teacher.targets(images)
                 spent.append(goal.sweeps)
         loss, logits = self._loss(images, goal)
-        total, keep = loss.total, goal.settled
-        if self.recipe.label_weight and bool(keep.any()):
-            # Over the same images as the other terms.
-            labels = self._label_loss(logits[keep], batch.labels[keep])
-            total = total + self.recipe.label_weight * labels
+        settled = int(goal.settled.sum())
+        total = loss.total
+        if self.team.size > 1:
+            # It is a mean over settled images, and processes are weighted by all of theirs.
+            everywhere = max(int(self.team.sum(torch.tensor(settled))), 1)
+            total = total * (settled / everywhere * batch.shard.count / len(batch.labels))
+        if self.recipe.label_weight:
+            total = total + self.recipe.label_weight * self._label_loss(logits, batch.labels)
         parts = {"states": float(loss.states), "kl": float(loss.logits)}
         values = {
             "accuracy": float((logits.argmax(1) == batch.labels).double().mean()),
@@ -327,7 +329,7 @@ class DistillTask:
         sweeps = [float(s.double().mean()) for s in spent if s is not None]
         if sweeps:
             values["sweeps"] = sum(sweeps)
-        return _Learnt(total, int(keep.sum()), parts, values)
+        return _Learnt(total, settled, parts, values)
 
     def _label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from epdistill import streaming
 from epdistill.augment import Augmentation
-from epdistill.data import CHUNK, DataSet, describe, load
+from epdistill.data import DataSet, describe, load
 from epdistill.errors import DataError, RecipeError
 from epdistill.images import read_image
 from epdistill.recipes import load_recipe
-from epdistill.streaming import AHEAD, Files
+from epdistill.streaming import AHEAD, CHUNK, Files
 from epdistill.teachers.teach import TeachTask, build_teacher
 from epdistill.training import Batch, fit
 
@@ -174,7 +174,7 @@ def test_a_whole_split_is_gone_through_in_pieces(
     pets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, lazy = both(pets)
-    monkeypatch.setattr("epdistill.data.CHUNK", 7)
+    monkeypatch.setattr(streaming, "CHUNK", 7)
     sizes = []
     original = Files.__getitem__
 

@@ -201,6 +201,7 @@ def test_the_flags_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         "readout": "learned", "inputs": "noise", "cached-views": 2, "epochs": 3, "seed": 4,
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words += ["--stream", "--workers", "5"]
     result = CliRunner().invoke(app, ["distill", "--pretrained", "weights.pth", *words])
     assert isinstance(result.exception, KilledError)
     weights = seen.pop("student.pretrained")
@@ -208,5 +209,6 @@ def test_the_flags_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     flags["name"] = flags.pop("student")
     expected = {f"student.{name.replace('-', '_')}": value for name, value in flags.items()}
     expected["seed"] = expected.pop("student.seed")
+    expected |= {"data.stream": True, "data.workers": 5}
     assert seen == expected
     assert inherit({}, seen, "flags").student.match == "last"
