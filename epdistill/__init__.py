@@ -2,8 +2,8 @@
 
 Every command of the command line is a function here, loaded when it is first used:
 `run`, `teach`, `distill`, `ablate`, `evaluate`, `export`, `load`, `predict`, `bench`,
-`bench_dynamics`, `plan_ablation`, `check_theorem`, `report` and `serve`. They are described in
-`epdistill.api`.
+`bench_dynamics`, `bench_distill`, `bench_serve`, `bench_load`, `plan_ablation`, `check`,
+`check_theorem`, `report` and `serve`. They are described in `epdistill.api`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from epdistill.api import (
         ablate,
         bench,
+        bench_distill,
         bench_dynamics,
+        bench_load,
+        bench_serve,
+        check,
         check_theorem,
         distill,
         evaluate,
@@ -38,7 +42,11 @@ __all__ = [
     "__version__",
     "ablate",
     "bench",
+    "bench_distill",
     "bench_dynamics",
+    "bench_load",
+    "bench_serve",
+    "check",
     "check_theorem",
     "distill",
     "evaluate",

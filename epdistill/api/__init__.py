@@ -23,14 +23,27 @@ These settings are the same for all functions that take them:
     quiet      no progress on standard error
 """
 
-from epdistill.api.measuring import bench, bench_dynamics, check_theorem, evaluate
+from epdistill.api.measuring import (
+    bench,
+    bench_distill,
+    bench_dynamics,
+    bench_load,
+    bench_serve,
+    check,
+    check_theorem,
+    evaluate,
+)
 from epdistill.api.shipping import export, load, predict, report, serve
 from epdistill.api.training import ablate, distill, plan_ablation, run, teach
 
 __all__ = [
     "ablate",
     "bench",
+    "bench_distill",
     "bench_dynamics",
+    "bench_load",
+    "bench_serve",
+    "check",
     "check_theorem",
     "distill",
     "evaluate",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from epdistill.api.common import RUNS, Place, context_of, path_of, paths_of, with_student
 
 if TYPE_CHECKING:
     from epdistill.workflows.benchmark import Benched
+    from epdistill.workflows.checking import Finding
+    from epdistill.workflows.distilling_cost import DistillingCost
     from epdistill.workflows.dynamics import Dynamics
     from epdistill.workflows.evaluation import Evaluated
     from epdistill.workflows.theorem import Checked
@@ -119,6 +122,108 @@ def bench_dynamics(
     place = context_of(runs, data_root, False, "cpu", quiet)
     chosen = with_student(recipe, None)
     return work(place, run=path_of(run), recipe=chosen, out=path_of(out), rounds=rounds, plot=plot)
+
+
+def bench_distill(
+    run: Place | None = None,
+    *,
+    recipe: Place | None = None,
+    student: str | None = None,
+    rounds: int = 15,
+    out: Place | None = None,
+    runs: Place = RUNS,
+    data_root: Place | None = None,
+    quiet: bool = False,
+) -> DistillingCost:
+    """A training step with a teacher beside one on labels alone (`epdistill bench distill`).
+
+    Args:
+        run: A teacher's run; the small one that comes with the package without it.
+        recipe: Whose student is trained; the teacher's own recipe without it.
+        student: With `recipe`: another student.
+        rounds: Most rounds.
+        out, runs, data_root, quiet: See the module.
+    """
+    from epdistill.workflows.distilling_cost import distilling_cost as work
+
+    place = context_of(runs, data_root, False, "cpu", quiet)
+    chosen = with_student(recipe, student)
+    return work(place, run=path_of(run), recipe=chosen, out=path_of(out), rounds=rounds)
+
+
+def bench_serve(
+    model: Place | None = None,
+    *,
+    recipe: Place | None = None,
+    student: str | None = None,
+    rounds: int = 200,
+    threads: int | None = None,
+    out: Place | None = None,
+    runs: Place = RUNS,
+    quiet: bool = False,
+) -> Benched:
+    """The server beside onnxruntime alone (`epdistill bench serve`).
+
+    Args:
+        model: An exported file, or a run with one; the newest without it.
+        recipe: An untrained network of this recipe instead.
+        student: With `recipe`: another student.
+        rounds: Most rounds.
+        threads: Of onnxruntime, in the server and beside it; all cores but one without it.
+        out, runs, quiet: See the module.
+    """
+    from epdistill.workflows.serving_speed import bench_serve as work
+
+    place, chosen = context_of(runs, None, False, "cpu", quiet), with_student(recipe, student)
+    return work(
+        place, model=path_of(model), recipe=chosen, out=path_of(out), rounds=rounds,
+        threads=threads,
+    )  # fmt: skip
+
+
+def bench_load(
+    model: Place | None = None,
+    *,
+    recipe: Place | None = None,
+    student: str | None = None,
+    clients: int = 64,
+    seconds: float = 60.0,
+    threads: int | None = None,
+    out: Place | None = None,
+    runs: Place = RUNS,
+    quiet: bool = False,
+) -> Benched:
+    """The server under many clients, every answer checked (`epdistill bench load`).
+
+    Args:
+        model, recipe, student: As for `bench_serve`.
+        clients: Connections at once.
+        seconds: For how long.
+        threads: Of onnxruntime; all cores without it.
+        out, runs, quiet: See the module.
+    """
+    from epdistill.workflows.serving_load import load as work
+
+    place, chosen = context_of(runs, None, False, "cpu", quiet), with_student(recipe, student)
+    return work(
+        place, model=path_of(model), recipe=chosen, out=path_of(out), clients=clients,
+        seconds=seconds, threads=threads,
+    )  # fmt: skip
+
+
+def check(folders: Place | Sequence[Place] = (), *, runs: Place = RUNS) -> list[Finding]:
+    """Whether every file of runs and evaluations is as it was written (docs/runs.md).
+
+    Args:
+        folders: Runs, evaluations, or folders of many; `runs` without any.
+        runs: See the module.
+
+    Returns:
+        One finding per file: its `path`, `state` and `why`.
+    """
+    from epdistill.workflows.checking import check as work
+
+    return work(paths_of(folders) or [Path(runs)])
 
 
 def check_theorem(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from epdistill.teachers.model import EPCNN
     from epdistill.workflows.deployment import Exported
 
+FORMATS = ("onnx", "triton")
+
 
 def export(
     run: Place | None = None,
@@ -28,6 +30,7 @@ def export(
     uint8_input: bool = False,
     sweeps: int | None = None,
     robustness: int | None = None,
+    format: str = "onnx",
     out: Place | None = None,
     runs: Place = RUNS,
     data_root: Place | None = None,
@@ -44,6 +47,7 @@ def export(
         uint8_input: Take bytes, channels last, instead of floats.
         sweeps: Of a teacher's loop; its schedule's without it.
         robustness: Attack the run and its files on so many test images.
+        format: `onnx`, or `triton`: also a model repository for Triton (docs/triton.md).
         out: The `.onnx` file; `model.onnx` in the run's folder without it.
         runs, data_root, download, quiet: See the module.
 
@@ -53,7 +57,11 @@ def export(
     from epdistill.workflows.deployment import Wanted
     from epdistill.workflows.deployment import export as work
 
-    wanted = Wanted(int8, fp16, uint8_input, max_drop, sweeps, robustness)
+    if format not in FORMATS:
+        raise ExportError(f"format {format!r}; expected {' or '.join(FORMATS)}")
+    wanted = Wanted(
+        int8, fp16, uint8_input, max_drop, sweeps, robustness, triton=format == "triton"
+    )
     place = context_of(runs, data_root, download, "cpu", quiet)
     return work(place, run=path_of(run), out=path_of(out), wanted=wanted)
 
@@ -125,7 +133,10 @@ def serve(
     queue: int = 1024,
     deadline: float = 10.0,
     body: int = 64,
-    linger: float = 1.0,
+    linger: float | None = None,
+    engine: str = "uvicorn",
+    replicas: int | None = None,
+    ray_options: Place | None = None,
     token: str | None = None,
     runs: Place = RUNS,
 ) -> None:
@@ -142,28 +153,31 @@ def serve(
         queue: Most images waiting per model.
         deadline: Seconds until a request is given up.
         body: Largest request, in MiB.
-        linger: Seconds of serving on after SIGTERM.
+        linger: Seconds of serving on after SIGTERM, 1 without it; not of ray.
+        engine: `uvicorn`, one process; or `ray`, replicas on Ray Serve.
+        replicas: Of ray; 1 without it.
+        ray_options: A TOML file with Ray's options of a deployment.
         token: Asked of clients; that of the environment variable EPDISTILL_TOKEN without it.
         runs: See the module.
     """
-    try:
-        from epdistill.export.serving.engine import Engine
-        from epdistill.export.serving.models import load_models, newest_export
-        from epdistill.export.serving.server import bind
-        from epdistill.export.serving.server import serve as work
-        from epdistill.export.serving.settings import Limits
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"serving needs the package {error.name}; expected the extra: "
-            "type `pip install 'epdistill[serve]'`"
-        ) from error
+    from epdistill.export.serving.settings import limits_from
+    from epdistill.export.serving.start import TOKEN, check_engine, start
+    from epdistill.export.serving.start import ray_options as options_of
 
-    size = body << 20
-    limits = Limits(
-        batch=batch, delay=delay / 1e3, queue=max(queue, batch), deadline=deadline,
-        body_bytes=size, held_bytes=max(Limits.held_bytes, size), linger=linger,
+    file = path_of(ray_options)
+    check_engine(engine, replicas, file, linger)
+    start(
+        paths_of(models),
+        runs=Path(runs),
+        host=host,
+        port=port,
+        limits=limits_from(
+            batch=batch, delay_ms=delay, queue=queue, deadline=deadline, body_mib=body,
+            linger=linger,
+        ),
+        providers=list(provider),
+        threads=threads,
+        token=token or os.environ.get(TOKEN) or None,
+        engine=engine,
+        options=options_of(replicas, file),
     )  # fmt: skip
-    chosen = paths_of(models) or [newest_export(Path(runs))]
-    engine = Engine(load_models(chosen, threads=threads, providers=list(provider)), limits)
-    word = token or os.environ.get("EPDISTILL_TOKEN") or None
-    work(engine, bind(host, port), token=word, announce=lambda: None)

@@ -65,6 +65,8 @@ def teach(
     epochs: int | None = None,
     seed: int | None = None,
     precision: str | None = None,
+    stream: bool | None = None,
+    workers: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     out: Place | None = None,
     resume: bool = False,
@@ -82,6 +84,8 @@ def teach(
         model: `ep-cnn` (the default), or a baseline: `bp-cnn`, `adv-cnn`, `vit`, `wca`.
         rule: How an ep-cnn learns: `ep`, `bptt` or `implicit`.
         data, image_size, epochs, seed, precision, overrides: As for `run`.
+        stream: Decode a folder's images when needed; by itself if they fill a quarter of memory.
+        workers: Processes that decode streamed images.
         out, resume, runs, data_root, download, device, track, quiet: See the module.
 
     Returns:
@@ -94,7 +98,8 @@ def teach(
     if rule and chosen != EP_CNN:
         raise RecipeError(f"rule {rule!r} for a {chosen}; expected it with an {EP_CNN} alone")
     changed = shared_keys(section_of(chosen), data, image_size, epochs, seed, precision)
-    changed |= {"model": model, "teacher.rule": rule, **(overrides or {})}
+    changed |= {"model": model, "teacher.rule": rule}
+    changed |= {"data.stream": stream, "data.workers": workers, **(overrides or {})}
     place = context_of(runs, data_root, download, device, quiet, track)
     return work(recipe_of(recipe, data, changed), place, out=path_of(out), resume=resume)
 
@@ -114,6 +119,8 @@ def distill(
     recipe: Place | None = None,
     epochs: int | None = None,
     seed: int | None = None,
+    stream: bool | None = None,
+    workers: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     out: Place | None = None,
     resume: bool = False,
@@ -140,6 +147,7 @@ def distill(
         cached_views: Replay so many views of every image; 0 asks the teacher online.
         recipe: As for `run`; the teacher's own without it.
         epochs, seed, overrides: As for `run`.
+        stream, workers: As for `teach`.
         out, resume, runs, data_root, download, device, track, quiet: See the module.
 
     Returns:
@@ -159,6 +167,8 @@ def distill(
         "student.cached_views": cached_views,
         "student.epochs": epochs,
         "seed": seed,
+        "data.stream": stream,
+        "data.workers": workers,
         **(overrides or {}),
     }
     place = context_of(runs, data_root, download, device, quiet, track)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from epdistill.cli.output import emit_json, show_table
-from epdistill.errors import ExportError
 
 if TYPE_CHECKING:
     from epdistill.export.serving.models import ServedModel
 
-UVICORN, RAY = "uvicorn", "ray"
-TOKEN = "EPDISTILL_TOKEN"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -68,7 +65,7 @@ def serve(
     ] = None,
     engine: Annotated[
         str, typer.Option("--engine", help="uvicorn, one process; or ray, replicas on Ray Serve.")
-    ] = UVICORN,
+    ] = "uvicorn",
     replicas: Annotated[
         int | None, typer.Option("--replicas", min=1, help="Of --engine ray; 1 without it.")
     ] = None,
@@ -87,80 +84,30 @@ def serve(
 
     A token in the environment variable EPDISTILL_TOKEN is asked of clients.
     """
-    _check_engine(engine, replicas, ray_options, linger)
-    try:
-        from epdistill.export.serving.engine import Engine
-        from epdistill.export.serving.models import load_models, newest_export
-        from epdistill.export.serving.ray_local import serve as work_on_ray
-        from epdistill.export.serving.replicas import planned
-        from epdistill.export.serving.server import bind, url_of
-        from epdistill.export.serving.server import serve as work
-        from epdistill.export.serving.settings import Limits
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"serving needs the package {error.name}; expected the extra: "
-            "type `pip install 'epdistill[serve]'`"
-        ) from error
+    from epdistill.export.serving.settings import limits_from
+    from epdistill.export.serving.start import TOKEN, check_engine, start
+    from epdistill.export.serving.start import ray_options as options_of
 
-    mebi = body << 20
-    limits = Limits(
-        batch=batch, delay=delay / 1e3, queue=max(queue, batch), deadline=deadline,
-        body_bytes=mebi, held_bytes=max(Limits.held_bytes, mebi),
-        linger=Limits.linger if linger is None else linger,
-    )  # fmt: skip
-    chosen = models or [newest_export(runs)]
-    providers = [_full_name(name) for name in provider or ["CPU"]]
-    threads = threads or (1 if engine == RAY else None)
-    loaded = load_models(chosen, threads=threads, providers=providers)
-    listener = bind(host, port)
+    check_engine(engine, replicas, ray_options, linger)
     token = os.environ.get(TOKEN) or None
     if token is None and host not in _LOOPBACK:
         _warn(f"anyone who reaches {host} may use this server: set {TOKEN} to ask for a token")
-    url = url_of(listener)
-
-    def announce(**more: Any) -> None:
-        _announce(loaded, chosen, url, more, as_json=json)
-
-    if engine == RAY:
-        plan = planned(
-            chosen, threads=threads or 1, providers=providers, limits=limits, token=token
-        )
-        free = listener.getsockname()[1]
-        listener.close()  # Ray's proxy binds it itself
-        work_on_ray(
-            plan,
-            _ray_options(replicas, ray_options),
-            host=host,
-            port=free,
-            announce=lambda logs: announce(ray_logs=logs),
-        )
-    else:
-        work(Engine(loaded, limits), listener, token=token, announce=announce)
-
-
-def _check_engine(
-    engine: str, replicas: int | None, options: Path | None, linger: float | None
-) -> None:
-    """Refuse flags that the engine does not have."""
-    if engine not in (UVICORN, RAY):
-        raise ExportError(f"received --engine {engine}; expected {UVICORN} or {RAY}")
-    if engine != RAY and (replicas is not None or options is not None):
-        raise ExportError("--replicas and --ray-options are of --engine ray: add it")
-    if engine == RAY and linger is not None:
-        raise ExportError("--linger is not of --engine ray, whose proxy ends in its own way")
-
-
-def _ray_options(replicas: int | None, path: Path | None) -> dict[str, Any]:
-    """What a file says, and the number of replicas."""
-    options: dict[str, Any] = {}
-    if path is not None:
-        try:
-            options = tomllib.loads(path.read_text())
-        except (OSError, ValueError) as error:  # ValueError: bad TOML, bad UTF-8
-            raise ExportError(
-                f"cannot read --ray-options {path} ({error}); expected a TOML file"
-            ) from error
-    return options if replicas is None else {**options, "num_replicas": replicas}
+    start(
+        models or [],
+        runs=runs,
+        host=host,
+        port=port,
+        limits=limits_from(
+            batch=batch, delay_ms=delay, queue=queue, deadline=deadline, body_mib=body,
+            linger=linger,
+        ),
+        providers=[_full_name(name) for name in provider or ["CPU"]],
+        threads=threads,
+        token=token,
+        engine=engine,
+        options=options_of(replicas, ray_options),
+        announce=partial(_announce, as_json=json),
+    )  # fmt: skip
 
 
 def _announce(

@@ -55,3 +55,25 @@ class Limits:
                     f"received the limit {entry.name} = {value}; expected a number "
                     f"{'of at least' if may_be_zero else 'above'} 0"
                 )
+
+
+def limits_from(
+    *,
+    batch: int,
+    delay_ms: float,
+    queue: int,
+    deadline: float,
+    body_mib: int,
+    linger: float | None = None,
+) -> Limits:
+    """The limits that people set, in their units; the others follow or keep their defaults."""
+    size = body_mib << 20
+    return Limits(
+        batch=batch,
+        delay=delay_ms / 1e3,
+        queue=max(queue, batch),
+        deadline=deadline,
+        body_bytes=size,
+        held_bytes=max(Limits.held_bytes, size),
+        linger=Limits.linger if linger is None else linger,
+    )

@@ -36,6 +36,7 @@ TINY = {
 }
 # Flags of the command line that are about the terminal.
 TERMINAL = {"json"}
+BENCHES = {"bench_dynamics", "bench_distill", "bench_serve", "bench_load"}
 
 
 def examples() -> list[tuple[str, str]]:
@@ -54,7 +55,7 @@ def test_every_task_has_an_example_of_at_most_15_lines() -> None:
         assert 2 <= len(lines) <= 15, heading
     text = " ".join(code for _, code in found)
     for name in epdistill.__all__:
-        if name not in ("__version__", "bench_dynamics", "plan_ablation"):
+        if name not in {"__version__", "plan_ablation", *BENCHES}:
             assert f"epdistill.{name}(" in text, name
     assert "epdistill.export(" in text
 
@@ -115,16 +116,17 @@ def test_the_functions_take_what_the_flags_say() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert {name.replace("-", "_") for name in commands} == set(epdistill.api.__all__) - {
         "load",
-        "bench_dynamics",
         "plan_ablation",
+        *BENCHES,
     }
     for name, command in commands.items():
         function = getattr(epdistill.api, name.replace("-", "_"))
         taken = set(inspect.signature(function).parameters)
         flags = {parameter.name for parameter in command.params} - TERMINAL
-        if name == "bench":  # one word list on the command line, two functions here
+        if name == "bench":  # one word list on the command line, a function each here
             flags = (flags - {"words"}) | {"run"}
-            taken |= set(inspect.signature(epdistill.api.bench_dynamics).parameters)
+            for other in BENCHES:
+                taken |= set(inspect.signature(getattr(epdistill.api, other)).parameters)
         if name == "ablate":
             flags -= {"plan"}  # `plan_ablation`
         if name == "predict":

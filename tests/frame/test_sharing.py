@@ -19,6 +19,7 @@ from epdistill.errors import EpdistillError, RecipeError, RunError
 from epdistill.loading import load_student, load_teacher
 from epdistill.recipes import load_recipe
 from epdistill.runs import CARD, Run, open_run
+from epdistill.sealed import read_sealed
 from epdistill.workflows.cards import card, refresh
 from epdistill.workflows.commands import training_command
 from epdistill.workflows.context import Context
@@ -184,8 +185,7 @@ def test_what_cannot_be_loaded_is_told(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="does not exist"):
         epdistill.load(tmp_path / "nothing")
     path = run_of(runs, "teacher").path / "config.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "finished": None}))
+    path.write_text(json.dumps({**read_sealed(path), "finished": None}))
     with pytest.raises(RunError, match="epdistill teach --resume"):
         epdistill.load(path.parent)
     damaged = run_of(runs, "student").path / "model.onnx"
