@@ -1,8 +1,8 @@
 """A Ray of our own on this machine, from its start to a graceful end.
 
-Ray starts about ten processes that talk over TCP. Here they do so on the loopback address
-and ask each other for a token made for this run; only Ray's HTTP proxy listens where it is
-told to. Nothing is reported to Ray's collector.
+Ray starts about ten processes that talk over TCP. Here they do so on the loopback address;
+one port per replica, which Ray opens everywhere, asks for a token made for this run. Only
+Ray's HTTP proxy listens where it is told to. Nothing is reported to Ray's collector.
 """
 
 from __future__ import annotations
