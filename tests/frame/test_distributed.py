@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from epdistill.augment import Augmentation
+from epdistill.checkpoints import STATE
 from epdistill.distributed import ALONE, Shard, Team
 from epdistill.errors import RecipeError
 from epdistill.robustness.journal import NAME
@@ -30,7 +31,7 @@ from epdistill.runs import read_metrics
 from epdistill.students.inputs import climb, noisy
 from epdistill.students.matching import Matching, matching_loss
 from epdistill.teachers.learning import tipped_weights
-from epdistill.training import STATE, generator_of
+from epdistill.training import generator_of
 
 WORKER = Path(__file__).with_name("team_worker.py")
 HARNESS = Path(__file__).with_name("team_harness.py")

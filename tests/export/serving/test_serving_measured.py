@@ -20,6 +20,7 @@ from epdistill.export.runtime import OnnxClassifier, available_cores
 from epdistill.export.serving.child import child
 from epdistill.export.serving.wire import Connection, Reply, get_bytes, infer_bytes
 from epdistill.recipes import load_recipe
+from epdistill.sealed import read_sealed
 from epdistill.workflows.served_file import place, served_file
 from epdistill.workflows.serving_load import _ask, _Question, _summary, _Tally
 
@@ -44,7 +45,7 @@ def bench(
             if shown:
                 content: dict[str, Any] = json.loads(printed.out)
                 path = Path(content.pop("bench"))
-        assert path.name == "bench.json" and content == json.loads(path.read_text())
+        assert path.name == "bench.json" and content == read_sealed(path)
         return content
 
     return call
