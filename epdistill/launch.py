@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import time
 from datetime import timedelta
 from types import FrameType
 
@@ -20,6 +21,8 @@ from epdistill.errors import LostTouchError
 PATIENCE = timedelta(hours=2)
 # Without torchrun, rank 0 keeps the notes: so long it waits for the others to read them.
 FAREWELL = 5.0
+# So long the others wait for rank 0 to say what fails in all of them.
+GRACE = 20.0
 _present = ALONE
 
 
@@ -36,7 +39,10 @@ def present() -> Team:
 def speaks() -> bool:
     """Whether this process is the one to say why the job ends."""
     if wanted() > 1 and _present.size == 1:  # what fails before they meet fails in all of them
-        return os.environ["RANK"] == "0"
+        if os.environ["RANK"] != "0":
+            # The launcher ends us as soon as rank 0 has spoken; the first to go ends all.
+            time.sleep(GRACE)
+        return True
     speaking = _present.first_to_fail()
     if _present.size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _present.linger(FAREWELL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from epdistill.errors import RecipeError
 from epdistill.recipes.schema import Recipe
+from epdistill.sealed import read_sealed
 
 BUNDLED = ("digits", "cifar10", "cifar100", "cifar10-small", "cifar10-fast", "default")
 PREFIX = "EPDISTILL__"
@@ -49,7 +49,7 @@ def _read(source: str) -> dict[str, Any]:
 def _of_run(path: Path) -> dict[str, Any]:
     """The resolved recipe that a run was made with."""
     try:
-        recipe = json.loads(path.read_text())["recipe"]
+        recipe = read_sealed(path)["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"{path} holds no recipe ({error}); expected a run's folder or its {RUN_CONFIG}"

@@ -29,6 +29,7 @@ from epdistill.robustness.attacks import PGDSettings, pgd_l2, pgd_linf
 from epdistill.robustness.corruptions import corrupt
 from epdistill.robustness.guards import L2, LINF, derive_seed, evaluation_mode
 from epdistill.robustness.pictures import adversarial_grid, save
+from epdistill.robustness.results import checked
 from epdistill.robustness.shares import ball as in_words
 from epdistill.robustness.subjects import Subject
 from epdistill.robustness.suites import QuickSuite
@@ -234,9 +235,9 @@ def read_examples(folder: Path) -> Examples | None:
     """What `write_examples` wrote; None where there is nothing.
 
     Raises:
-        EvaluationError: The file is damaged or of another version.
+        EvaluationError: The file is damaged, was edited, or is of another version.
     """
-    path = folder / NAME
+    path = checked(folder, NAME)
     if not path.is_file():
         return None
     data = path.read_bytes()

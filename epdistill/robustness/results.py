@@ -35,19 +35,20 @@ JSON_NAME = "results.json"
 CSV_NAME = "results.csv"
 
 
-def write_results(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
+def write_results(evaluation: Evaluation, folder: Path, *beside: str) -> tuple[Path, Path]:
     """Write `results.csv` and then `results.json` into a folder, each atomically.
 
     Args:
         evaluation: What `evaluate` returned.
         folder: Made if missing.
+        beside: Names of further files in there whose digests results.json holds.
 
     Returns:
         The paths of the JSON and the CSV.
     """
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / CSV_NAME, csv_text(evaluation))
-    content = {**summary(evaluation), FILES: digests_of(folder, CSV_NAME)}
+    content = {**summary(evaluation), FILES: digests_of(folder, CSV_NAME, *beside)}
     write_json(folder / JSON_NAME, content)
     return folder / JSON_NAME, folder / CSV_NAME
 
@@ -76,14 +77,19 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def checked_csv(folder: Path) -> Path:
-    """The path of a folder's `results.csv`, if it is the one that `results.json` tells of.
+    """As `checked`, of `results.csv`."""
+    return checked(folder, CSV_NAME)
+
+
+def checked(folder: Path, name: str) -> Path:
+    """The path of a file in an evaluation's folder, if it is the one `results.json` tells of.
 
     Raises:
         EvaluationError: It is another one, or damaged.
     """
-    path = folder / CSV_NAME
+    path = folder / name
     if path.is_file() and (folder / JSON_NAME).is_file():
-        told = read_results(folder).get(FILES, {}).get(CSV_NAME)
+        told = read_results(folder).get(FILES, {}).get(name)
         if told is not None and digest_of(path) != told:
             raise EvaluationError(
                 f"{path} is damaged or was edited (its SHA-256 is not that in {JSON_NAME}); "

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from epdistill.disk import alone
 from epdistill.errors import EpdistillError
 from epdistill.loading import model_name
 from epdistill.recipes import EP_CNN
-from epdistill.runs import CARD, Run, atomic_write, open_run
+from epdistill.runs import CARD, CONFIG, FILES, Run, open_run, write_together
+from epdistill.sealed import seal
 from epdistill.workflows.card_evidence import evidence_sections, limits, making
 from epdistill.workflows.card_front import (
     UNDECIDED,
@@ -56,23 +59,28 @@ def card(run: Run, found: Evidence = Evidence(), licence: str = UNDECIDED) -> st
 def refresh(path: Path, runs: Path, *also: Path) -> None:
     """Write the card of a run anew, with everything that is known by now.
 
-    A run that is not finished, damaged or not ours to write, and a card that was edited by
-    hand, are left as they are: a card is never worth an error.
+    A run that is not finished, damaged, not ours to write or just being written by another
+    process, and a card that was edited by hand, are left as they are: a card is never worth
+    an error. Its digest in config.json changes with it.
 
     Args:
         path: The run's folder.
         runs: In whose folders evaluations and timings lie.
         also: Further such folders.
     """
-    try:
+    with suppress(EpdistillError, OSError, UnicodeDecodeError), alone(path) as ours:
         run = open_run(path)
         written = (run.path / CARD).read_text() if (run.path / CARD).is_file() else ""
-        if not run.config.get("finished") or (written and not _untouched(written)):
+        edited = bool(written) and not _untouched(written)
+        if not ours or not run.config.get("finished") or edited:
             return
-        licence = licence_of(written)
-        atomic_write(run.path / CARD, card(run, evidence_of(run, runs, also), licence))
-    except (EpdistillError, OSError, UnicodeDecodeError):
-        return
+        text = card(run, evidence_of(run, runs, also), licence_of(written))
+        files: dict[Path, bytes | str] = {run.path / CARD: text}
+        told = run.config.get(FILES)
+        if told is not None:  # a run from before there were checksums stays without
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            files[run.path / CONFIG] = seal({**run.config, FILES: {**told, CARD: digest}})
+        write_together(files)
 
 
 def _mark(text: str) -> str:

@@ -96,6 +96,7 @@ def evaluate(
         EvaluationError: A model that cannot be judged, or a folder that cannot be resumed.
     """
     from epdistill.robustness.drawing import draw
+    from epdistill.robustness.examples import NAME as EXAMPLES
     from epdistill.robustness.examples import (
         find_examples,
         telling_radius,
@@ -179,7 +180,7 @@ def evaluate(
         )
         write_examples(examples, folder)
         # results.json comes last: with it the evaluation is complete.
-        write_results(evaluation, folder)
+        write_results(evaluation, folder, EXAMPLES)
         remove(folder)
     for run in runs:
         refresh_card(run.path, context.runs, folder)

@@ -6,7 +6,6 @@ Nothing is computed here: it is looked up in results.json, manifests and bench.j
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from epdistill.errors import EpdistillError, EvaluationError
 from epdistill.runs import Run
+from epdistill.sealed import read_sealed
 from epdistill.workflows.measured import newest_first, newest_robustness
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ def newest_bench(runs: Path, run: Run, also: Sequence[Path] = ()) -> dict[str, A
         if when < trained:
             break
         try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):
+            content = read_sealed(path)
+        except (OSError, ValueError):  # damaged
             continue
-        if isinstance(content, dict) and content.get("models") == run.name and "rows" in content:
+        if content.get("models") == run.name and "rows" in content:
             return content
     return None

@@ -21,6 +21,7 @@ from epdistill.errors import EpdistillError
 from epdistill.export.runtime import OnnxClassifier
 from epdistill.loading import load_student, load_teacher
 from epdistill.recipes import Recipe, load_recipe
+from epdistill.robustness.examples import read_examples
 from epdistill.robustness.journal import NAME as JOURNAL
 from epdistill.robustness.journal import Journal, read_header
 from epdistill.robustness.results import checked_csv, read_results
@@ -106,6 +107,7 @@ LOADED: dict[str, Callable[[Path], object]] = {
     ),
     "evaluation/results.json": lambda path: read_results(path.parent),
     "evaluation/results.csv": lambda path: checked_csv(path.parent),
+    "evaluation/examples.safetensors": lambda path: read_examples(path.parent),
     "unfinished/config.json": lambda path: open_run(path.parent),
     f"unfinished/{STATE}": lambda path: checkpoint_notices(path.parent),
     f"stopped/{JOURNAL}": lambda path: journal_notices(path.parent),

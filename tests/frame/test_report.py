@@ -152,8 +152,13 @@ def test_examples_are_kept_with_the_evaluation(made: Path) -> None:
 def test_damaged_examples_are_left_out_of_the_page(runs: Path) -> None:
     path = runs / "evaluate-001" / NAME
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(EvaluationError, match="cannot be read"):
+    with pytest.raises(EvaluationError, match="damaged or was edited"):
         read_examples(path.parent)
+    alone = runs / "examples-alone"
+    alone.mkdir()
+    (alone / NAME).write_bytes(path.read_bytes())
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        read_examples(alone)
     page = report_on([], runs).read_text()
     assert "None were kept" in page and 'class="pixels"' not in page
 

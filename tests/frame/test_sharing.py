@@ -19,11 +19,12 @@ from epdistill.errors import EpdistillError, RecipeError, RunError
 from epdistill.loading import load_student, load_teacher
 from epdistill.recipes import load_recipe
 from epdistill.runs import CARD, Run, open_run
-from epdistill.sealed import read_sealed
+from epdistill.sealed import KEY, read_sealed
 from epdistill.workflows.cards import card, refresh
+from epdistill.workflows.checking import INTACT, check
 from epdistill.workflows.commands import training_command
 from epdistill.workflows.context import Context
-from epdistill.workflows.evidence import evidence_of
+from epdistill.workflows.evidence import evidence_of, newest_bench
 
 TINY = {
     "teacher.channels": [8, 16],
@@ -131,6 +132,7 @@ def test_an_edited_card_stays_and_a_licence_is_kept(runs: Path) -> None:
     refresh(path.parent, runs)
     assert "license: apache-2.0" in path.read_text()
     assert "Not measured: speed" in path.read_text()
+    assert {one.state for one in check([path.parent])} == {INTACT}
     path.write_text(path.read_text() + "\nMy own words.\n")
     before = path.read_text()
     refresh(path.parent, runs)
@@ -138,6 +140,14 @@ def test_an_edited_card_stays_and_a_licence_is_kept(runs: Path) -> None:
     path.unlink()
     refresh(path.parent, runs)
     assert "license: unknown" in path.read_text()
+
+
+def test_damaged_timings_do_not_count(runs: Path) -> None:
+    run, path = run_of(runs, "student"), runs / "bench-001/bench.json"
+    found = newest_bench(runs, run)
+    assert found is not None and KEY not in found
+    path.write_bytes(path.read_bytes().replace(b'"batch_size": 64', b'"batch_size": 65', 1))
+    assert newest_bench(runs, run) is None
 
 
 def test_evaluations_of_an_older_run_of_the_name_do_not_count(runs: Path) -> None:
