@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import time
@@ -75,10 +74,18 @@ def join() -> Team:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)
     signal.signal(signal.SIGTERM, _stop)
     _present = Team(rank, size, store)
     return _present
+
+
+def leave() -> None:
+    """Part from the others, once all are done: who goes first would tear the rest."""
+    global _present
+    if _present.size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+        _present = ALONE
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

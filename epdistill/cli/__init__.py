@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 
 def main() -> None:
@@ -21,6 +22,14 @@ def main() -> None:
             from epdistill.cli.app import app
 
             app(prog_name="epdistill")
+        except SystemExit as end:
+            if together:
+                from epdistill.launch import leave
+
+                if not end.code:
+                    leave()
+                _end(end.code)
+            raise
         except KeyboardInterrupt as error:  # before a command took over
             raise InterruptedByUserError from error
         except OSError as error:
@@ -34,8 +43,16 @@ def main() -> None:
 
             if speaks():
                 fail(str(error), error.exit_code)
-            # Without the ceremonies of an orderly end: they would wait for the others.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_code)
+            _end(error.exit_code)
         sys.exit(fail(str(error), error.exit_code))
+
+
+def _end(code: str | int | None) -> NoReturn:
+    """End one process of several without the ceremonies of an orderly end.
+
+    They would wait for processes that have failed, and threads that still listen to the
+    others have been seen to abort them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(bool(code)))

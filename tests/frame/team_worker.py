@@ -22,7 +22,7 @@ from epdistill.cli.output import fail
 from epdistill.data import DataSet, load
 from epdistill.distributed import Team
 from epdistill.errors import EpdistillError
-from epdistill.launch import join, speaks
+from epdistill.launch import join, leave, speaks
 from epdistill.recipes import Recipe, load_recipe
 from epdistill.training import Batch, fit
 
@@ -108,6 +108,9 @@ def main(order: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main(json.loads(sys.argv[1]))
+        leave()
+        sys.stderr.flush()
+        os._exit(0)
     except EpdistillError as error:
         if speaks():
             fail(str(error), 2)

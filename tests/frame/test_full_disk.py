@@ -200,9 +200,8 @@ def test_a_small_disk(command: tuple[str, ...], disk: Disk, epd: Call) -> None:
         disk.leave(pages)
         before = disk.others(out)
         outcome = epd(*command)
-        if pages == ROOMS[command][-1]:
-            assert outcome.code == 0, outcome.err
-        else:
+        assert outcome.code == 0 or pages != ROOMS[command][-1], outcome.err
+        if outcome.code != 0:
             told.append(stopped(outcome, "bytes"))
             disk.free()
             done = go_on(epd, told[-1], command)
@@ -218,6 +217,8 @@ def test_a_small_disk(command: tuple[str, ...], disk: Disk, epd: Call) -> None:
             )
         assert after == before
         shutil.rmtree(out)
+    # How many pages are too few depends on the sizes of weights and cards.
+    assert len(told) >= 3
     # Some stops came before anything was begun, others in the middle.
     assert len(set(told)) == (1 if command is EXPORT else 2), told
 
