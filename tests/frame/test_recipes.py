@@ -9,6 +9,7 @@ import pytest
 
 from epdistill.errors import RecipeError
 from epdistill.recipes import BUNDLED, load_recipe
+from epdistill.runs import write_json
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -62,3 +63,12 @@ def test_broken_toml(tmp_path: Path) -> None:
     path.write_text("[teacher\n")
     with pytest.raises(RecipeError, match="not valid TOML"):
         load_recipe(str(path), {}, {})
+
+
+def test_the_recipe_of_a_damaged_run_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    write_json(config, {"recipe": {"name": "digits", "seed": 3}})
+    assert load_recipe(str(tmp_path), environment={}).seed == 3
+    config.write_bytes(config.read_bytes().replace(b'"seed": 3', b'"seed": 4'))
+    with pytest.raises(RecipeError, match="damaged"):
+        load_recipe(str(tmp_path), environment={})
