@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,8 +89,15 @@ def serve(
 
     check_engine(engine, replicas, ray_options, linger)
     token = os.environ.get(TOKEN) or None
-    if token is None and host not in _LOOPBACK:
-        _warn(f"anyone who reaches {host} may use this server: set {TOKEN} to ask for a token")
+    exposed = token is None and host not in _LOOPBACK
+
+    def announce(
+        loaded: Mapping[str, ServedModel], paths: Sequence[Path], url: str, more: Mapping[str, Any]
+    ) -> None:
+        if exposed:
+            _warn(f"anyone who reaches {host} may use this server: set {TOKEN} to ask for a token")
+        _announce(loaded, paths, url, more, as_json=json)
+
     start(
         models or [],
         runs=runs,
@@ -106,7 +112,7 @@ def serve(
         token=token,
         engine=engine,
         options=options_of(replicas, ray_options),
-        announce=partial(_announce, as_json=json),
+        announce=announce,
     )  # fmt: skip
 
 
