@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,7 +200,11 @@ class Marked(Files):
 
 
 @pytest.mark.slow
-def test_workers_are_a_few_batches_ahead_and_no_more(tmp_path: Path) -> None:
+def test_workers_are_a_few_batches_ahead_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The workers import this very module for `Marked`.
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     folder = paint(tmp_path / "many", {"a": 40, "b": 40})
     paths = tuple(sorted(folder.rglob("*.*")))
     whole = torch.stack([torch.from_numpy(read_image(p, channels=3, size=8)) for p in paths])
