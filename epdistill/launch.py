@@ -30,11 +30,6 @@ def wanted() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
 
 
-def present() -> Team:
-    """The team that this process has joined; `ALONE` before."""
-    return _present
-
-
 def speaks() -> bool:
     """Whether this process is the one to say why the job ends."""
     if wanted() > 1 and _present.size == 1:  # what fails before they meet fails in all of them
@@ -83,8 +78,9 @@ def leave() -> None:
     """Part from the others, once all are done: who goes first would tear the rest."""
     global _present
     if _present.size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        with in_touch(_present):
+            dist.barrier()
+            dist.destroy_process_group()
         _present = ALONE
 
 

@@ -33,11 +33,9 @@ def context_of(
 
 def recipe_of(source: Place | None, data: str | None, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe of a name, a file or a run, with some keys changed."""
-    from epdistill.recipes import load_recipe
+    from epdistill.recipes import load_recipe, recipe_for
 
-    # Without a recipe: the data set's own, or the rule from the image size.
-    default = "digits" if data in (None, "digits") else "default"
-    return load_recipe(default if source is None else str(source), overrides)
+    return load_recipe(recipe_for(data) if source is None else str(source), overrides)
 
 
 def with_student(recipe: Place | None, student: str | None) -> Recipe | None:

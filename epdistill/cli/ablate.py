@@ -26,7 +26,6 @@ from epdistill.cli.flags import (
     TrackFlag,
     context_of,
     overrides_of,
-    recipe_for,
 )
 from epdistill.cli.output import emit_json, show_table
 
@@ -76,7 +75,7 @@ def ablate(
 ) -> None:
     """Train the same student under every control, and attack all of them alike."""
     from epdistill.errors import RecipeError, RunError
-    from epdistill.recipes import load_recipe
+    from epdistill.recipes import load_recipe, recipe_for
     from epdistill.workflows.ablation import Asked, planned
     from epdistill.workflows.ablation import ablate as work
     from epdistill.workflows.ablation_results import JSON_NAME

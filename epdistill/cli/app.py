@@ -33,7 +33,6 @@ from epdistill.cli.flags import (
     WorkersFlag,
     context_of,
     overrides_of,
-    recipe_for,
 )
 from epdistill.cli.output import emit_json, show_table
 from epdistill.cli.serve import serve
@@ -102,7 +101,7 @@ def run_command(
 ) -> None:
     """The whole path on a recipe (default: real handwritten digits, nothing to download)."""
     from epdistill.cli.tables import path_table
-    from epdistill.recipes import load_recipe
+    from epdistill.recipes import load_recipe, recipe_for
     from epdistill.workflows.path import run_path
 
     overrides = overrides_of(
@@ -154,7 +153,7 @@ def teach(
     """Train a teacher: an EP-CNN by Equilibrium Propagation, or a baseline."""
     from epdistill.cli.tables import teacher_table
     from epdistill.errors import RecipeError
-    from epdistill.recipes import EP_CNN, load_recipe, section_of
+    from epdistill.recipes import EP_CNN, load_recipe, recipe_for, section_of
     from epdistill.workflows.training import teach as work
 
     source = recipe or recipe_for(data)

@@ -59,20 +59,16 @@ def bench(
     price of a teacher in training; `serve`, the server against onnxruntime alone; `load`, the
     server under many clients, answers checked.
     """
+    from epdistill.api.common import with_student
     from epdistill.cli.tables import bench_table, distilling_table, dynamics_table
     from epdistill.errors import RecipeError
-    from epdistill.recipes import load_recipe
-    from epdistill.workflows.training import inherit
 
     rest = list(words or [])
     about = rest.pop(0) if rest and rest[0] in TOPICS else ""
     if len(rest) > 1:
         raise RecipeError(f"received {len(rest)} runs ({' '.join(rest)}); expected one at most")
     run = Path(rest[0]) if rest else None
-    chosen = None
-    if recipe:
-        given = load_recipe(recipe).model_dump(exclude_unset=True)
-        chosen = inherit(given, {"student.name": student}, recipe)
+    chosen = with_student(recipe, student)
     context = context_of(runs, data_root, False, "cpu", quiet)
     if about == "distill":
         from epdistill.workflows.distilling_cost import NAME, distilling_cost

@@ -105,8 +105,3 @@ def overrides_of(section: str, **values: Any) -> dict[str, Any]:
     places = {"epochs": f"{section}.epochs", "data": "data.name"}
     places |= {name: f"data.{name}" for name in ("image_size", "stream", "workers")}
     return {places.get(name, name): value for name, value in values.items()}
-
-
-def recipe_for(data: str | None) -> str:
-    """The recipe when none is named: one of the data set's own, or the rule from the image size."""
-    return "digits" if data in (None, "digits") else "default"

@@ -15,7 +15,7 @@ from epdistill.recipes.baselines import (
     WcaRecipe,
     section_of,
 )
-from epdistill.recipes.loading import BUNDLED, load_recipe
+from epdistill.recipes.loading import BUNDLED, load_recipe, recipe_for
 from epdistill.recipes.schema import (
     DataRecipe,
     EvaluateRecipe,
@@ -40,5 +40,6 @@ __all__ = [
     "VitRecipe",
     "WcaRecipe",
     "load_recipe",
+    "recipe_for",
     "section_of",
 ]

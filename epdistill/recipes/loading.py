@@ -21,6 +21,11 @@ PREFIX = "EPDISTILL__"
 RUN_CONFIG = "config.json"
 
 
+def recipe_for(data: str | None) -> str:
+    """The recipe when none is named: one of the data set's own, or the rule from the image size."""
+    return "digits" if data in (None, "digits") else "default"
+
+
 def _read(source: str) -> dict[str, Any]:
     """The content of a bundled recipe, of a TOML file, or of a run's recipe."""
     if source in BUNDLED:

@@ -64,7 +64,7 @@ def distilling_cost(
         rounds: Most measured steps of each.
         max_seconds: Time for each, roughly; at least three steps are measured.
     """
-    from epdistill.export.bench import Contender, bench, hardware, ratios, to_json
+    from epdistill.export.bench import Contender, bench, ratios, to_json
 
     teacher, data, label, own = _subject(context, run)
     chosen = recipe or own
@@ -102,7 +102,6 @@ def distilling_cost(
             }
             for found in ratios(rows, LABELS)
         ],
-        "hardware": hardware(),
     }
     folder = new_run_folder(out, context.runs, "distilling-cost")
     write_json(folder / NAME, content)
@@ -112,7 +111,12 @@ def distilling_cost(
 def _subject(context: Context, run: Path | None) -> tuple[Teacher, DataSet, str, Recipe]:
     if run is None:
         model, data, label = shipped(context)
-        return model, data, label, load_recipe("cifar10-small", environment={})
+        return (
+            model.to(context.torch_device()),
+            data,
+            label,
+            load_recipe("cifar10-small", environment={}),
+        )
     from epdistill.recipes.loading import validate
 
     source = require_finished(open_run(run, "teacher"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def start(
     listener = bind(host, port)
     url = url_of(listener)
     if engine != RAY:
-        ready = lambda: announce(loaded, chosen, url, {})  # noqa: E731
+        ready = partial(announce, loaded, chosen, url, {})
         serve(Engine(loaded, limits), listener, token=token, announce=ready)
         return
     plan = planned(chosen, threads=threads or 1, providers=providers, limits=limits, token=token)

@@ -239,3 +239,24 @@ def test_bench_times_everybody_under_documented_keys(work: Path, epd: Call, docu
         size = row["batch_size"]
         ratio = medians[row["to"], size] / medians[row["name"], size]
         assert row["speedup"] == pytest.approx(ratio)
+
+
+def test_the_price_of_a_teacher_under_documented_keys(
+    work: Path, epd: Call, document: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPDISTILL__STUDENT__TEACHER_TOLERANCE", "0.05")
+    teacher = "runs/tiny-ep-cnn-001"
+    content = epd("bench", "distill", teacher, "--recipe", "tiny.toml", "--rounds", "3")
+    assert read_sealed(Path(content.pop("distill"))) == content
+    described = document("bench-schema.md", "distill.json")
+    assert not described.unknown(content) and not described.missing(content)
+    medians = {row["name"]: row["seconds_per_batch"]["median"] for row in content["rows"]}
+    assert content["reference"] == "labels alone"
+    by_name = {row["name"]: row for row in content["costs"]}
+    assert medians.keys() == {"labels alone", *by_name}
+    for name, row in by_name.items():
+        assert row["times"] == pytest.approx(medians[name] / medians["labels alone"])
+        assert row["low"] <= row["times"] <= row["high"] and row["settled"] == 1
+    # The tolerance of the recipe is asked of one of the two alone.
+    early, late = by_name["distilled"], by_name["distilled, teacher fully settled"]
+    assert 0 < early["sweeps"] < late["sweeps"]
