@@ -3,7 +3,7 @@
 Every command of the command line is a function here, loaded when it is first used:
 `run`, `teach`, `distill`, `ablate`, `evaluate`, `export`, `load`, `predict`, `bench`,
 `bench_dynamics`, `bench_distill`, `bench_serve`, `bench_load`, `plan_ablation`, `check`,
-`check_theorem`, `report` and `serve`. They are described in `epdistill.api`.
+`check_theorem`, `report`, `results` and `serve`. They are described in `epdistill.api`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         plan_ablation,
         predict,
         report,
+        results,
         run,
         serve,
         teach,
@@ -54,6 +55,7 @@ __all__ = [
     "plan_ablation",
     "predict",
     "report",
+    "results",
     "run",
     "serve",
     "teach",

@@ -33,7 +33,7 @@ from epdistill.api.measuring import (
     check_theorem,
     evaluate,
 )
-from epdistill.api.shipping import export, load, predict, report, serve
+from epdistill.api.shipping import export, load, predict, report, results, serve
 from epdistill.api.training import ablate, distill, plan_ablation, run, teach
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "plan_ablation",
     "predict",
     "report",
+    "results",
     "run",
     "serve",
     "teach",

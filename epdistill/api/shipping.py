@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from epdistill.teachers.baselines.base import Baseline
     from epdistill.teachers.model import EPCNN
     from epdistill.workflows.deployment import Exported
+    from epdistill.workflows.keeping import Kept
 
 FORMATS = ("onnx", "triton")
 
@@ -119,6 +120,27 @@ def report(
     from epdistill.workflows.report import report_on as work
 
     return work(paths_of(models), Path(runs), out=path_of(out))
+
+
+def results(
+    folders: Place | Sequence[Place] = (),
+    *,
+    records: Place = "docs/results",
+    page: Place = "RESULTS.md",
+) -> Kept:
+    """Keep results as small sealed records, and write one page of all that is recorded.
+
+    Args:
+        folders: Finished runs, evaluations, ablations and benchmarks to record first.
+        records: The folder of the records; `notes.md` in it comes first on the page.
+        page: The Markdown file.
+
+    Returns:
+        The page, the records written now, how many there are, and the pictures' names.
+    """
+    from epdistill.workflows.keeping import keep
+
+    return keep(paths_of(folders), Path(records), Path(page))
 
 
 def serve(

@@ -35,6 +35,7 @@ from epdistill.cli.flags import (
     overrides_of,
 )
 from epdistill.cli.output import emit_json, show_table
+from epdistill.cli.results import results
 from epdistill.cli.serve import serve
 from epdistill.errors import InterruptedByUserError
 
@@ -372,6 +373,9 @@ app.command()(serve)
 
 
 app.command()(check)
+
+
+app.command()(results)
 
 
 @app.command("check-theorem")

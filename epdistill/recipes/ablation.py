@@ -29,7 +29,9 @@ class AblateRecipe(Section):
     """
 
     rows: tuple[str, ...] | None = Field(default=None, min_length=1)
-    deciding: tuple[str, ...] = ("ep-teacher", "ce", "noise", "ce-inputs", "distilled")
+    deciding: tuple[str, ...] = (
+        "ep-teacher", "ce", "noise", "noise-strong", "ce-inputs", "distilled"
+    )  # fmt: skip
     seeds: PositiveInt = 3
     other_seeds: PositiveInt = 1
     vary: Literal["all", "student"] = "all"

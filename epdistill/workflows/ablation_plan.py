@@ -40,15 +40,20 @@ class Row:
 _LABELS = {"student.loss": "ce", "student.label_smoothing": 0.0, "student.cached_views": 0}
 _CLEAN = {**_LABELS, "student.inputs": "clean"}
 
+# So much noise that a net pays for it on clean images: what robustness costs without a teacher.
+_STRONG = {"student.inputs": "noise", "student.noise_std": 0.25}
+
 TEACHER, PLAIN, NOISE, INPUTS, DISTILLED = "ep-teacher", "ce", "noise", "ce-inputs", "distilled"
+STRONG = "noise-strong"
 # What every row is compared with over the same images.
-REFERENCES = (TEACHER, PLAIN, NOISE, INPUTS)
+REFERENCES = (TEACHER, PLAIN, NOISE, STRONG, INPUTS)
 
 ROWS = (
     Row(TEACHER, "the EP teacher itself", "teacher", {}),
     Row(PLAIN, "labels, clean images", "student", _CLEAN),
     Row("smoothing", "smoothed labels", "student", {**_CLEAN, "student.label_smoothing": 0.1}),
     Row(NOISE, "labels, noise", "student", {**_LABELS, "student.inputs": "noise"}),
+    Row(STRONG, "labels, strong noise", "student", {**_LABELS, **_STRONG}),
     Row(INPUTS, "labels, recipe's inputs", "student", _LABELS),
     Row(
         "kd", "teacher's logits alone", "student",
@@ -57,6 +62,7 @@ ROWS = (
     Row(DISTILLED, "distilled by the recipe", "student", {}),
     Row("distilled-clean", "distilled, clean images", "student", {"student.inputs": "clean"}),
     Row("distilled-noise", "distilled, noise", "student", {"student.inputs": "noise"}),
+    Row("distilled-strong", "distilled, strong noise", "student", _STRONG),
     Row(
         "distilled-adversarial", "distilled, adversarial images (trained for, not inherited)",
         "student", {"student.inputs": "adversarial", "student.cached_views": 0},

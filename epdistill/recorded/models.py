@@ -1,0 +1,122 @@
+"""What the records say about each model, whoever measured it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from epdistill.recorded.store import RUN, Record, of_kind
+
+TITLES = {
+    "ep-cnn": "EP-CNN", "bp-cnn": "BP-CNN", "adv-cnn": "Adv-CNN", "vit": "ViT", "wca": "WCA-Net"
+}  # fmt: skip
+_RULES = {"ep": "", "bptt": " by BPTT", "implicit": " by the implicit gradient"}
+_INPUTS = {"clean": "", "mix": ", half with noise", "noise": ", noise", "corruption": ", corrupted"}
+EP = "ep-cnn"
+
+
+@dataclass(frozen=True)
+class Kin:
+    """The runs of one kind: all that differs between them is the seed.
+
+    Attributes:
+        title: For readers.
+        runs: Their records, by seed.
+    """
+
+    title: str
+    runs: tuple[Record, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the runs."""
+        return [run.content["recipe"]["seed"] for run in self.runs]
+
+
+def title_of(run: Mapping[str, Any]) -> str:
+    """What a run is, from its recipe: `EP-CNN`, `resnet18, distilled, half with noise`.
+
+    Args:
+        run: The content of its record.
+    """
+    recipe = run["recipe"]
+    if run["kind"] == "teacher":
+        return _teacher(recipe)
+    own = recipe["student"]
+    words = f"{own['name']}" + (f" x{own['width']}" if own.get("width") else "")
+    if own.get("loss", "distill") == "ce":
+        words += ", labels" if not own.get("label_smoothing") else ", smoothed labels"
+    else:
+        words += ", logits alone" if own.get("match") == "logits" else ", distilled"
+        words += " with labels" if own.get("label_weight") else ""
+        if _teacher(recipe) != TITLES[EP]:
+            words += f" from {_teacher(recipe)}"
+    if own["inputs"] == "adversarial":
+        return f"{words}, adversarial images (trained for)"
+    words += _INPUTS[own["inputs"]]
+    if own["inputs"] in ("mix", "noise"):
+        words += f" {own['noise_std']:g}"
+    return words + (", the clean image's answer" if own.get("targets") == "clean" else "")
+
+
+def _teacher(recipe: Mapping[str, Any]) -> str:
+    name = recipe.get("model", EP)
+    if name == EP:
+        return TITLES[EP] + _RULES[recipe["teacher"].get("rule", "ep")]
+    if name == "adv-cnn":
+        own = recipe["baselines"]["adv_cnn"]
+        return f"{TITLES[name]} {own['norm']} {own['eps']:g}"
+    return TITLES[name]
+
+
+def published_key(run: Mapping[str, Any]) -> str | None:
+    """The name that a teacher has in `epdistill.recorded.published`; None for all others."""
+    if run["kind"] != "teacher":
+        return None
+    recipe = run["recipe"]
+    name = str(recipe.get("model", EP))
+    if name == EP:
+        return EP if recipe["teacher"].get("rule", "ep") == "ep" else None
+    if name == "adv-cnn":
+        own = recipe["baselines"]["adv_cnn"]
+        return f"{name} {own['norm']} {own['eps']:g}"
+    return name
+
+
+def place_of(run: Mapping[str, Any]) -> tuple[str, str]:
+    """The data set and the recipe that a run belongs to."""
+    return str(run["data"]["name"]), str(run["recipe"]["name"])
+
+
+def kins(records: Sequence[Record]) -> dict[tuple[str, str], list[Kin]]:
+    """The recorded runs by data set and recipe, teachers first."""
+    found: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    for record in of_kind(records, RUN):
+        run = record.content
+        found.setdefault(place_of(run), {}).setdefault(title_of(run), []).append(record)
+
+    def order(kin: Kin) -> tuple[bool, str]:
+        return kin.runs[0].content["kind"] != "teacher", kin.title
+
+    return {
+        place: sorted(
+            (
+                Kin(title, tuple(sorted(runs, key=lambda run: run.content["recipe"]["seed"])))
+                for title, runs in by_title.items()
+            ),
+            key=order,
+        )
+        for place, by_title in sorted(found.items())
+    }
+
+
+def titles(records: Sequence[Record]) -> dict[str, str]:
+    """By the name of a recorded run, and of its exported files: what it is."""
+    named = {}
+    for record in of_kind(records, RUN):
+        title = title_of(record.content)
+        named[record.name] = title
+        for file in record.content["files"]:
+            named[f"{record.name}/{file['name']}"] = f"{title}, {file['precision']} file"
+    return named

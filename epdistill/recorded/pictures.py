@@ -1,0 +1,180 @@
+"""The pictures of the results page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from epdistill.recorded.store import ABLATION, BENCH, EVALUATION, RUN, Record, of_kind
+from epdistill.robustness.guards import L2, LINF
+from epdistill.robustness.intervals import wilson
+from epdistill.robustness.pictures import accuracy_curves, save, sweep_curves
+from epdistill.robustness.pictures.style import (
+    house_style,
+    legend_below,
+    look,
+    note_below,
+    panels,
+    title_above,
+)
+from epdistill.robustness.shares import ball
+
+# The radius at which speed is set against robustness.
+FRONT = 0.308503
+# Contenders of bench.json and what they are short for.
+_ROLES = {
+    "teacher, published 250 sweeps": "teacher",
+    "teacher, relaxed to tolerance": "teacher",
+    "student, onnxruntime": "student",
+    "student, onnxruntime int8": "int8",
+}
+
+
+def draw_all(records: Sequence[Record], titles: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Draw what the records hold into a folder.
+
+    Returns:
+        By file stem: what the picture shows.
+    """
+    drawn: dict[str, str] = {}
+    for record in of_kind(records, ABLATION):
+        drawn |= _curves(record, folder)
+    for record in of_kind(records, EVALUATION):
+        drawn |= _horizons(record, titles, folder)
+    return drawn | _front(records, titles, folder)
+
+
+def _curves(record: Record, folder: Path) -> dict[str, str]:
+    """Accuracy over the radius of the rows that were trained on every seed."""
+    content, drawn = record.content, {}
+    most = max(len(row["seeds"]) for row in content["rows"])
+    rows = [row for row in content["rows"] if len(row["seeds"]) == most or row["kind"] == "teacher"]
+    for norm in (L2, LINF):
+        curves = {
+            row["row"]: [case for case in row["mean"] if case["norm"] in ("clean", norm)]
+            for row in rows
+        }
+        stem = f"{record.file.removesuffix('.json')}-{norm}"
+        n = rows[0]["mean"][0]["n"]
+        title = f"Under the worst attack: {content['split']} images, n = {n}, {most} seeds"
+        save(accuracy_curves(curves, norm, title=title), folder / stem)
+        drawn[stem] = (
+            f"accuracy over the {'L2' if norm == L2 else 'Linf'} radius, {content['split']} images"
+        )
+    return drawn
+
+
+def _horizons(record: Record, titles: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Models that relax: accuracy over sweeps, and over the horizon of the attack."""
+    drawn = {}
+    for model in record.content["models"]:
+        temporal = model["temporal"]
+        if temporal is None:
+            continue
+        base = f"{record.file.removesuffix('.json')}-{model['name']}"
+        title = titles.get(model["name"], model["name"])
+        clean = [
+            {**cell, "sweeps": cell["prediction_sweeps"]}
+            for cell in temporal["cells"]
+            if cell["gradient"] == "clean" and cell["prediction_sweeps"] is not None
+        ]
+        hit: dict[str, list[dict[str, Any]]] = {}
+        for row in temporal["worst"]:
+            if row["prediction_sweeps"] is not None:
+                key = f"worst attack, {ball(row['norm'], row['eps'])}"
+                hit.setdefault(key, []).append({**row, "sweeps": row["prediction_sweeps"]})
+        if clean:
+            figure = sweep_curves({"clean": clean, **hit}, title=f"{title}: answer after so many")
+            save(figure, folder / f"{base}-sweeps")
+            drawn[f"{base}-sweeps"] = f"{title}: accuracy over the sweeps before the answer"
+        curves: dict[str, list[dict[str, Any]]] = {}
+        for cell in temporal["cells"]:
+            if cell["attack_sweeps"] is not None and cell["prediction_sweeps"] is None:
+                key = ball(cell["norm"], cell["eps"])
+                curves.setdefault(key, []).append({**cell, "sweeps": cell["attack_sweeps"]})
+        if curves:
+            figure = sweep_curves(curves, title=f"{title}: PGD through so many sweeps alone")
+            save(figure, folder / f"{base}-horizon")
+            drawn[f"{base}-horizon"] = f"{title}: accuracy over the horizon of the attack"
+    return drawn
+
+
+def _robust(records: Sequence[Record]) -> dict[str, Mapping[str, Any]]:
+    """By model's name: its worst case at the radius of the front."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for record in of_kind(records, ABLATION):
+        for row in record.content["rows"]:
+            for seed in row["seeds"]:
+                _note(found, Path(seed["run"]).name, seed["worst_case"])
+    for record in of_kind(records, EVALUATION):
+        for model in record.content["models"]:
+            _note(found, model["name"], model["worst_case"])
+    return found
+
+
+def _note(
+    found: dict[str, Mapping[str, Any]], name: str, cases: Sequence[Mapping[str, Any]]
+) -> None:
+    found.update((name, case) for case in cases if _at_front(case))
+
+
+def _at_front(case: Mapping[str, Any]) -> bool:
+    return bool(case["norm"] == L2 and abs(case["eps"] - FRONT) < 1e-6)
+
+
+@house_style()
+def _front(records: Sequence[Record], titles: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Milliseconds per image at batch 1 against the worst case: one point per contender."""
+    robust = _robust(records)
+    taught_by = {
+        run.name: run.content["teacher"]["name"]
+        for run in of_kind(records, RUN)
+        if "teacher" in run.content
+    }
+    points: list[tuple[str, float, Mapping[str, Any]]] = []
+    for record in of_kind(records, BENCH):
+        teacher = taught_by.get(record.name)
+        names = {
+            "teacher": teacher, "student": record.name, "int8": f"{record.name}/model-int8.onnx"
+        }  # fmt: skip
+        for row in record.content["rows"]:
+            name = names.get(_ROLES.get(row["name"], ""))
+            if row["batch_size"] == 1 and name in robust:
+                ms = 1e3 * row["seconds_per_batch"]["median"]
+                title = titles.get(str(name), str(name))
+                after = row["name"].partition(", ")[2]
+                points.append((f"{title} ({after})", ms, robust[str(name)]))
+    if not points:
+        return {}
+    points = list({title: (title, ms, case) for title, ms, case in points}.values())
+    figure, (axes,) = panels(1, 5.6, 3.6, across=1)
+    handles = []
+    for place, (_, ms, case) in enumerate(points):
+        style = look(place)
+        share, n = case["accuracy"], case["n"]
+        low, high = wilson(round(share * n), n)
+        line = axes.errorbar(
+            [ms],
+            [100 * share],
+            yerr=[[100 * (share - low)], [100 * (high - share)]],
+            color=style.colour,
+            marker=style.marker,
+            linestyle="",
+            markersize=8,
+            elinewidth=0.8,
+            capsize=2.5,
+        )
+        handles.append(line[0])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("ms per image at batch 1 (median)")
+    axes.set_ylabel(f"accuracy (%) under the worst attack, {ball(L2, FRONT)}")
+    axes.set_ylim(bottom=0)
+    axes.grid(visible=True)
+    legend_below(figure, handles, [title for title, _, _ in points])
+    hardware = of_kind(records, BENCH)[0].hardware or {}
+    note_below(figure, f"{hardware.get('cpu', '')}, {hardware.get('torch_threads', '')} thread(s)")
+    title_above(figure, "Speed against robustness")
+    save(figure, folder / "front")
+    return {"front": "speed against robustness: the upper left corner is best"}

@@ -1,0 +1,302 @@
+"""The tables of the results page, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from epdistill.recorded import published
+from epdistill.recorded.models import Kin, published_key
+from epdistill.recorded.store import Record
+from epdistill.robustness.guards import L2, LINF
+from epdistill.robustness.intervals import wilson
+from epdistill.robustness.paper import CONSTANTS, TABLE_L2, TABLE_LINF
+from epdistill.robustness.shares import ball
+
+NOTHING = "-"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; the first column is text, the others are figures."""
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return ["", f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _measured(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table without the columns in which nobody measured anything."""
+    kept = [place for place in range(len(head)) if any(row[place] != NOTHING for row in rows)]
+    return table([head[k] for k in kept], [[row[k] for k in kept] for row in rows])
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, or a dash."""
+    return NOTHING if value is None else f"{100 * value:.1f}"
+
+
+def with_interval(found: Mapping[str, Any]) -> str:
+    """Accuracy, with its standard deviation over seeds if it has one, and its interval."""
+    low, high = found["ci95"]
+    spread = found.get("std")
+    words = percent(found["accuracy"]) + (f" ±{100 * spread:.1f}" if spread is not None else "")
+    return f"{words} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def model_table(kins: Sequence[Kin], data: str) -> list[str]:
+    """One line per kind of model: accuracy on all test images, size, cost, fidelity, int8."""
+    rows = []
+    for kin in kins:
+        runs = [run.content for run in kin.runs]
+        key = published_key(runs[0])
+        results = [run["results"] for run in runs]
+        beside = None if key is None else published.one(data, published.CLEAN, key)
+        rows.append(
+            [
+                kin.title,
+                ", ".join(map(str, kin.seeds)),
+                _tested(results),
+                percent(beside),
+                _agreement(results),
+                f"{results[0]['parameters']:,}" if "parameters" in results[0] else NOTHING,
+                f"{results[0]['flops'] / 1e6:,.3g}" if "flops" in results[0] else NOTHING,
+                _int8(runs),
+                ", ".join(f"{found['seconds'] / 60:.0f}" for found in results),
+            ]
+        )
+    head = [
+        "model", "seeds", "test accuracy, %", "published, full size", "teacher's label, %",
+        "parameters", "MFLOPs", "int8: points lost", "minutes",
+    ]  # fmt: skip
+    return _measured(head, rows)
+
+
+def _tested(results: Sequence[Mapping[str, Any]]) -> str:
+    """Mean over seeds on all test images; the interval is that of one share of these images."""
+    shares, n = [found["accuracy"] for found in results], results[0]["test_images"]
+    mean = fmean(shares)
+    low, high = wilson(round(mean * n), n)
+    spread = f" ±{100 * stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{100 * mean:.1f}{spread} ({100 * low:.1f}-{100 * high:.1f}, n = {n:,})"
+
+
+def _agreement(results: Sequence[Mapping[str, Any]]) -> str:
+    found = [run["agreement"] for run in results if "agreement" in run]
+    return f"{100 * fmean(found):.1f}" if found else NOTHING
+
+
+def _int8(runs: Sequence[Mapping[str, Any]]) -> str:
+    """On all test images: the run's accuracy less that of its int8 file."""
+    lost = [
+        run["results"]["accuracy"] - file["figures"]["test_accuracy"]
+        for run in runs
+        for file in run["files"]
+        if file["precision"] == "int8" and "test_accuracy" in file["figures"]
+    ]
+    return ", ".join(f"{100 * points:+.2f}" for points in lost) or NOTHING
+
+
+def ablation_tables(content: Mapping[str, Any]) -> list[str]:
+    """Worst cases over seeds, and points above the references over the same images."""
+    rows = content["rows"]
+    lines: list[str] = []
+    for norm in (L2, LINF):
+        cases = [case for case in rows[0]["mean"] if case["norm"] in ("clean", norm)]
+        head = ["row", "seeds", "n", *(_threat(case) for case in cases)]
+        body = [
+            [f"`{row['row']}`", str(len(row["seeds"])), str(row["mean"][0]["n"])]
+            + [with_interval(case) for case in row["mean"] if case["norm"] in ("clean", norm)]
+            for row in rows
+        ]
+        if norm == L2:
+            head.append("corrupted")
+            for cells, row in zip(body, rows, strict=True):
+                cells.append(percent(row["corrupted"]))
+        lines += table(head, body)
+    lines += ["Points more than a reference on the same images (95 % interval; seeds):"]
+    return lines + _differences(content)
+
+
+def _threat(case: Mapping[str, Any]) -> str:
+    return "clean" if case["norm"] == "clean" else ball(case["norm"], case["eps"])
+
+
+def _differences(content: Mapping[str, Any]) -> list[str]:
+    """Every row against every reference: clean, and at all L2 radii."""
+    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for gap in content["differences"]:
+        if gap["norm"] in ("clean", L2):
+            found.setdefault((gap["row"], gap["reference"]), {})[_threat(gap)] = gap
+    if not found:
+        return []
+    threats = list(dict.fromkeys(threat for gaps in found.values() for threat in gaps))
+    body = [
+        [f"`{row}` - `{reference}`", str(len(next(iter(gaps.values()))["seeds"]))]
+        + [_gap(gaps[threat]) if threat in gaps else NOTHING for threat in threats]
+        for (row, reference), gaps in found.items()
+    ]
+    return table(["", "seeds", *threats], body)
+
+
+def _gap(gap: Mapping[str, Any]) -> str:
+    low, high = gap["ci95"]
+    return f"{100 * gap['difference']:+.1f} ({100 * low:+.0f} to {100 * high:+.0f})"
+
+
+def fidelity_table(content: Mapping[str, Any]) -> list[str]:
+    """Students beside their teachers on clean, noisy and adversarial images."""
+    body = []
+    for row in content["rows"]:
+        found = row["fidelity"]
+        if found is None:
+            continue
+        cells = [f"`{row['row']}`"]
+        for inputs in ("clean", "noise", "adversarial"):
+            one = found[inputs]
+            cells += [percent(one["agreement"]), _two(one["r2"]), percent(one["ece"])]
+        body.append(cells)
+    head = ["row"] + [
+        f"{inputs}: {what}"
+        for inputs in ("clean", "noisy", "adversarial")
+        for what in ("teacher's label", "R²", "ECE")
+    ]
+    return table(head, body) if body else []
+
+
+def _two(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def protocol_table(
+    record: Record, titles: Mapping[str, str], runs: Mapping[str, Record], data: str
+) -> list[str]:
+    """The published cells, one line each: as published, under adaptive attacks, and in print."""
+    models = [model for model in record.content["models"] if model.get("published")]
+    head = ["attack"]
+    for model in models:
+        name = titles.get(model["name"], model["name"])
+        head += [f"{name}: as published", "adaptive", "in print"]
+    body = [
+        [name, *(cell for model in models for cell in _cells(model, find, runs, data, beside))]
+        for name, find, beside in _LINES
+    ]
+    body.append(
+        ["average robust accuracy"]
+        + [cell for model in models for cell in _average(model, runs, data)]
+    )
+    return table(head, [row for row in body if any(cell != NOTHING for cell in row[1:])])
+
+
+def _named(model: Mapping[str, Any], runs: Mapping[str, Record]) -> str | None:
+    return published_key(runs[model["name"]].content) if model["name"] in runs else None
+
+
+def _cells(
+    model: Mapping[str, Any],
+    find: Mapping[str, Any],
+    runs: Mapping[str, Record],
+    data: str,
+    beside: tuple[str, int | None],
+) -> list[str]:
+    cells = [
+        cell
+        for cell in model["published"]["cells"]
+        if all(cell[key] == value for key, value in find.items())
+    ]
+    key, (what, place) = _named(model, runs), beside
+    printed = None
+    if key is not None and place is None:
+        printed = published.one(data, what, key)
+    elif key is not None and place is not None and (four := published.four(data, what, key)):
+        printed = four[place]
+    if not cells:
+        return [NOTHING, NOTHING, percent(printed)]
+    return [with_interval(cells[0]), with_interval(cells[0]["adaptive"]), percent(printed)]
+
+
+def _average(model: Mapping[str, Any], runs: Mapping[str, Record], data: str) -> list[str]:
+    key = _named(model, runs)
+    found = model["published"]["average_robust_accuracy"]
+    printed = None if key is None else published.one(data, published.AVERAGE, key)
+    note = "" if found["complete"] else " (families missing)"
+    return [percent(found["published"]) + note, percent(found["adaptive"]) + note, percent(printed)]
+
+
+def _lines() -> list[tuple[str, Mapping[str, Any], tuple[str, int | None]]]:
+    """What a line is called, which cell it shows, and which printed figure stands beside it."""
+    lines: list[tuple[str, Mapping[str, Any], tuple[str, int | None]]] = [
+        ("clean", {"attack": "clean"}, (published.CLEAN, None))
+    ]
+    lines += [
+        (f"PGD {ball(L2, eps)}", {"attack": "pgd", "norm": L2, "eps": eps}, (published.PGD, place))
+        for place, eps in enumerate(TABLE_L2)
+    ]
+    last = TABLE_LINF[-1]
+    lines.append(
+        (
+            f"PGD {ball(LINF, last)}",
+            {"attack": "pgd", "norm": LINF, "eps": last},
+            (published.PGD_8, None),
+        )
+    )
+    for name, title in ((published.AUTOATTACK, "AutoAttack"), (published.SQUARE, "Square")):
+        lines += [
+            (f"{title} {ball(LINF, eps)}", {"attack": name, "eps": eps}, (name, place))
+            for place, eps in enumerate(TABLE_LINF)
+        ]
+    return lines + [
+        (
+            f"C&W c = {constant:g}",
+            {"attack": "carlini-wagner", "constant": constant},
+            (published.CARLINI_WAGNER, place),
+        )
+        for place, constant in enumerate(CONSTANTS)
+    ]
+
+
+_LINES = _lines()
+
+
+def worst_table(record: Record, titles: Mapping[str, str]) -> list[str]:
+    """The worst case of an evaluation at the radii of the tables, corruptions, and the verdict."""
+    models = record.content["models"]
+    grid = {(row["norm"], row["eps"]): None for model in models for row in model["worst_case"]}
+    wanted = [(norm, eps) for norm, own in ((L2, TABLE_L2), (LINF, TABLE_LINF)) for eps in own]
+    # A short grid is shown whole; of a long one, what the published tables show.
+    short = len(grid) <= len(wanted)
+    shown = sorted(grid) if short else [case for case in wanted if case in grid]
+    body = []
+    for model in models:
+        worst = {(row["norm"], row["eps"]): row for row in model["worst_case"]}
+        mean = model["corruption_mean"]
+        body.append(
+            [titles.get(model["name"], model["name"]), with_interval(model["clean"])]
+            + [with_interval(worst[case]) if case in worst else NOTHING for case in shown]
+            + [NOTHING if mean is None else percent(mean["accuracy"])]
+            + [model["verdict"] or NOTHING]
+        )
+    head = ["model", "clean", *(ball(*case) for case in shown), "corrupted", "masked gradients"]
+    return _measured(head, body)
+
+
+def speed_table(content: Mapping[str, Any]) -> list[str]:
+    """Milliseconds per image and times the published teacher, by batch size."""
+    ratios = {(row["name"], row["batch_size"]): row for row in content["ratios"]}
+    body = []
+    for row in content["rows"]:
+        key = row["name"], row["batch_size"]
+        seconds = {k: 1e3 * row["seconds_per_batch"][k] / key[1] for k in ("median", "q25", "q75")}
+        times = ratios.get(key)
+        body.append(
+            [
+                row["name"],
+                str(key[1]),
+                f"{seconds['median']:.3g} ({seconds['q25']:.3g}-{seconds['q75']:.3g})",
+                NOTHING if times is None else _times(times),
+            ]
+        )
+    head = ["", "batch", "ms per image (quartiles)", f"times {content['reference']}"]
+    return table(head, body)
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    return f"{row['speedup']:.3g} ({row['low']:.3g}-{row['high']:.3g})"

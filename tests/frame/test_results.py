@@ -1,0 +1,351 @@
+"""What `epdistill results` records, and the page that it makes of records alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epdistill.cli import main
+from epdistill.console import SILENT
+from epdistill.errors import EvaluationError
+from epdistill.recipes import load_recipe
+from epdistill.recorded import published
+from epdistill.recorded.models import published_key, title_of
+from epdistill.recorded.store import (
+    ABLATION,
+    BENCH,
+    EVALUATION,
+    RUN,
+    Record,
+    read_records,
+    without_paths,
+    write_record,
+)
+from epdistill.workflows.ablation import Ablated, Asked, ablate
+from epdistill.workflows.context import Context
+from epdistill.workflows.keeping import keep
+
+TINY = """
+[data]
+name = "digits"
+[teacher]
+channels = [4, 8]
+sweeps = 20
+teach_sweeps = 4
+nudged_sweeps = 2
+epochs = 1
+batch_size = 256
+[student]
+name = "cnn"
+width = 4
+epochs = 1
+batch_size = 256
+[evaluate]
+steps = 2
+queries = 2
+[ablate]
+limit = 10
+seeds = 2
+deciding = ["ce"]
+"""
+RECIPE: dict[str, Any] = {
+    "name": "cifar10-small",
+    "seed": 3,
+    "teacher": {"channels": [32, 64], "rule": "ep"},
+    "student": {"name": "resnet18", "width": 16, "inputs": "mix", "noise_std": 0.1},
+    "data": {"name": "cifar10"},
+}
+MACHINE = {"cpu": "A CPU", "cores": 2, "torch": "2.14", "torch_threads": 1, "onnxruntime": "1.31"}
+DIGEST = "0" * 64
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Ablated:
+    runs = tmp_path_factory.mktemp("results")
+    (runs / "tiny.toml").write_text(TINY)
+    base = load_recipe(str(runs / "tiny.toml"), environment={})
+    context = Context(runs=runs, reporter=SILENT)
+    return ablate(base, context, asked=Asked(("ep-teacher", "ce", "distilled")), out=runs / "abl")
+
+
+def share(accuracy: float, n: int = 100, **more: Any) -> dict[str, Any]:
+    return {"accuracy": accuracy, "ci95": [accuracy - 0.05, accuracy + 0.05], "n": n, **more}
+
+
+def run_record(name: str, kind: str, **recipe: Any) -> Record:
+    content = {
+        "kind": kind,
+        "recipe": {**copy.deepcopy(RECIPE), **recipe},
+        "data": {
+            "name": "cifar10",
+            "train_images": 45000,
+            "validation_images": 5000,
+            "test_images": 10000,
+        },
+        "environment": MACHINE,
+        "results": {"accuracy": 0.5894, "test_images": 10000, "seconds": 600.0},
+        "files": [],
+    }
+    if kind == "student":
+        content["teacher"] = {"name": "teacher"}
+        content["files"] = [
+            {"name": "model-int8.onnx", "precision": "int8", "figures": {"test_accuracy": 0.5864}}
+        ]
+    return Record(RUN, name, f"epdistill {name}", MACHINE, content)
+
+
+def evaluation_record() -> Record:
+    grid = [share(0.3, norm="l2", eps=0.308503), share(0.2, norm="linf", eps=0.01)]
+    cells = [
+        share(0.58, attack="clean", norm=None, eps=None, constant=None, adaptive=share(0.57)),
+        share(
+            0.41, attack="autoattack", norm="linf", eps=0.00464159, constant=None,
+            adaptive=share(0.36),
+        ),
+    ]  # fmt: skip
+    average = {"published": 0.495, "adaptive": 0.465, "complete": False}
+    models = [
+        {
+            "name": "teacher",
+            "clean": share(0.58),
+            "worst_case": grid,
+            "corruption_mean": share(0.5),
+            "verdict": "masking evidence: attack horizon (EP)",
+            "published": {"cells": cells, "average_robust_accuracy": average},
+            "temporal": {
+                "cells": [
+                    share(a, norm="l2", eps=0.3, gradient=g, attack_sweeps=s, prediction_sweeps=p)
+                    for a, g, s, p in (
+                        (0.5, "clean", None, 10),
+                        (0.6, "clean", None, 70),
+                        (0.31, "unrolled", 5, None),
+                        (0.35, "unrolled", 70, None),
+                    )
+                ],
+                "worst": [share(0.3, norm="l2", eps=0.3, prediction_sweeps=10)],
+            },
+        },
+        {
+            "name": "student",
+            "clean": share(0.56),
+            "worst_case": grid,
+            "corruption_mean": None,
+            "verdict": None,
+            "published": None,
+            "temporal": None,
+        },
+    ]
+    content = {
+        "n": 100,
+        "settings": {
+            "name": "paper",
+            "split": "test",
+            "subset": "first",
+            "seed": 0,
+            "attacks": [{"name": "pgd"}, {"name": "square"}],
+        },
+        "skipped": [{"what": "autoattack", "why": "not installed"}],
+        "models": models,
+    }
+    return Record(EVALUATION, "paper-001", "epdistill evaluate", None, content)
+
+
+def bench_record() -> Record:
+    rows = [
+        ("teacher, published 250 sweeps", 0.2),
+        ("teacher, relaxed to tolerance", 0.02),
+        ("student, onnxruntime", 0.001),
+    ]
+    content = {
+        "models": "student",
+        "hardware": MACHINE,
+        "reference": rows[0][0],
+        "rows": [
+            {
+                "name": name,
+                "batch_size": 1,
+                "seconds_per_batch": {"median": s, "q25": s, "q75": s},
+            }
+            for name, s in rows
+        ],
+        "ratios": [
+            {"name": name, "batch_size": 1, "speedup": 0.2 / s, "low": 0.2 / s, "high": 0.2 / s}
+            for name, s in rows[1:]
+        ],
+    }
+    return Record(BENCH, "student", "epdistill bench student", MACHINE, content)
+
+
+def filled(folder: Path) -> Path:
+    for record in (
+        run_record("teacher", "teacher"),
+        run_record("student", "student"),
+        evaluation_record(),
+        bench_record(),
+    ):
+        write_record(record, folder, DIGEST)
+    return folder
+
+
+def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
+    done = keep([], filled(tmp_path / "records"), tmp_path / "RESULTS.md")
+    text = done.page.read_text()
+    lines = text.splitlines()
+    assert "| EP-CNN | 3 | 58.9 (58.0-59.9, n = 10,000) | 88.0 | - | 10 |" in lines
+    assert any(
+        line.startswith("| resnet18 x16, distilled, half with noise 0.1 | 3 | 58.9")
+        and "| +0.30 |" in line
+        for line in lines
+    )
+    # Ours as published, ours under the worst case, theirs (from the data beside the paper).
+    linf = "AutoAttack Linf 1.18/255"
+    assert f"| {linf} | 41.0 (36-46) | 36.0 (31-41) | 77.0 |" in lines
+    assert (
+        "| average robust accuracy | 49.5 (families missing) | 46.5 (families missing) | 58.0 |"
+        in lines
+    )
+    assert "masking evidence: attack horizon (EP)" in text
+    assert "| student, onnxruntime | 1 | 1 (1-1) | 200 (200-200) |" in lines
+    assert "* Not run: autoattack (not installed)" in lines
+    # A line that nobody measured is there for its printed figure; one with neither is not.
+    assert "| C&W c = 0.005 | - | - | 42.0 |" in lines
+    for stem in (
+        "front",
+        "evaluation-paper-001-teacher-horizon",
+        "evaluation-paper-001-teacher-sweeps",
+    ):
+        assert f"records/{stem}.png)" in text
+        assert (tmp_path / f"records/{stem}.png").stat().st_size > 1000
+    assert str(tmp_path) not in text
+
+
+def test_the_page_is_made_again_with_the_same_bytes(tmp_path: Path) -> None:
+    records = filled(tmp_path / "records")
+    (records / "notes.md").write_text("What people say.\n")
+    first = keep([], records, tmp_path / "RESULTS.md")
+    files = {path: path.read_bytes() for path in [first.page, *records.iterdir()]}
+    assert b"What people say." in files[first.page]
+    keep([], records, tmp_path / "RESULTS.md")
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_an_edited_record_is_refused(tmp_path: Path) -> None:
+    records = filled(tmp_path / "records")
+    path = records / "run-teacher.json"
+    path.write_text(path.read_text().replace("0.5894", "0.8894"))
+    with pytest.raises(EvaluationError, match=r"run-teacher\.json cannot be read"):
+        keep([], records, tmp_path / "RESULTS.md")
+    assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_no_records_and_nothing_to_record(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="holds no records"):
+        keep([], tmp_path / "none", tmp_path / "RESULTS.md")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EvaluationError, match="holds nothing to record"):
+        keep([tmp_path / "empty"], tmp_path / "none", tmp_path / "RESULTS.md")
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/other.json").write_text('{"a": 1}')
+    with pytest.raises(EvaluationError, match="no record of format 1"):
+        read_records(tmp_path / "records")
+
+
+def test_an_ablation_is_recorded_with_its_runs(done: Ablated, tmp_path: Path) -> None:
+    kept = keep([done.folder.parent], tmp_path / "records", tmp_path / "RESULTS.md")
+    kinds = [record.kind for record in read_records(tmp_path / "records")]
+    # Teacher, student and plain student on the first seed, the plain one on the second too,
+    # whose judge, the distilled student, stands in no row.
+    assert (kinds.count(ABLATION), kinds.count(RUN)) == (1, 4)
+    text = kept.page.read_text()
+    for row in done.content["rows"]:
+        clean, low = row["mean"][0], 100 * row["mean"][0]["ci95"][0]
+        assert f"| `{row['row']}` | {len(row['seeds'])} | {clean['n']} |" in text
+        assert f"{100 * clean['accuracy']:.1f}" in text
+        assert f"({low:.0f}-" in text
+    assert "`ce` - `ep-teacher`" in text
+    for path in (tmp_path / "records").glob("*.json"):
+        assert str(done.folder.parent.parent) not in path.read_text()
+    # Recorded again: the same files, once each.
+    again = keep([done.folder.parent] * 2, tmp_path / "records", tmp_path / "RESULTS.md")
+    assert sorted(again.recorded) == sorted(kept.recorded)
+    assert again.records == kept.records
+
+
+def test_a_damaged_source_records_nothing(done: Ablated, tmp_path: Path) -> None:
+    folder = tmp_path / "abl"
+    shutil.copytree(done.folder.parent, folder)
+    path = folder / "validation/ablation.json"
+    path.write_text(path.read_text().replace("quick", "quack"))
+    with pytest.raises(EvaluationError, match=r"ablation\.json cannot be read"):
+        keep([folder], tmp_path / "records", tmp_path / "RESULTS.md")
+    assert not (tmp_path / "records").exists()
+
+
+@pytest.mark.parametrize(
+    ("student", "title"),
+    [
+        ({}, "resnet18 x16, distilled, half with noise 0.1"),
+        ({"loss": "ce", "inputs": "clean"}, "resnet18 x16, labels"),
+        ({"loss": "ce", "inputs": "noise", "noise_std": 0.25}, "resnet18 x16, labels, noise 0.25"),
+        ({"loss": "ce", "inputs": "clean", "label_smoothing": 0.1}, "resnet18 x16, smoothed labels"),  # noqa: E501
+        ({"match": "logits"}, "resnet18 x16, logits alone, half with noise 0.1"),
+        ({"label_weight": 1.0}, "resnet18 x16, distilled with labels, half with noise 0.1"),
+        ({"inputs": "adversarial"}, "resnet18 x16, distilled, adversarial images (trained for)"),
+        (
+            {"targets": "clean"},
+            "resnet18 x16, distilled, half with noise 0.1, the clean image's answer",
+        ),
+    ],
+)  # fmt: skip
+def test_titles_of_students(student: dict[str, Any], title: str) -> None:
+    record = run_record("x", "student", student={**RECIPE["student"], **student})
+    assert title_of(record.content) == title
+
+
+def test_titles_of_teachers() -> None:
+    adv = {"adv_cnn": {"norm": "l2", "eps": 0.5}}
+    found = {
+        title_of(run_record("x", "teacher", **recipe).content): published_key(
+            run_record("x", "teacher", **recipe).content
+        )
+        for recipe in (
+            {},
+            {"teacher": {"channels": [1], "rule": "bptt"}},
+            {"model": "adv-cnn", "baselines": adv},
+            {"model": "wca"},
+        )
+    }
+    assert found == {
+        "EP-CNN": published.EP,
+        "EP-CNN by BPTT": None,
+        "Adv-CNN l2 0.5": published.ADV_HALF,
+        "WCA-Net": "wca",
+    }
+    assert published.one("cifar10", published.CLEAN, "wca") is None
+
+
+def test_paths_are_cut_to_names() -> None:
+    content = {"a": ["/x/y/z", "b/c"], "self_sha256": "0", "n": 3, "t": ("/q",)}
+    assert without_paths(content) == {"a": ["z", "b/c"], "n": 3, "t": ["q"]}
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = filled(tmp_path / "records")
+    page = tmp_path / "RESULTS.md"
+    words = ["results", "--records", str(records), "--page", str(page), "--json"]
+    monkeypatch.setattr(sys, "argv", ["epdistill", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    told = json.loads(capsys.readouterr().out)
+    assert told["page"] == str(page)
+    assert (told["records"], told["recorded"]) == (4, [])
+    assert "front" in told["pictures"]
