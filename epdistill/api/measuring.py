@@ -24,6 +24,7 @@ def evaluate(
     limit: int | None = None,
     subset: str | None = None,
     diagnose: bool = False,
+    horizons: bool = False,
     corruptions: Place | None = None,
     seed: int | None = None,
     out: Place | None = None,
@@ -42,6 +43,7 @@ def evaluate(
         limit: Test images.
         subset: Which ones: `first` or `random`.
         diagnose: Look for masked gradients; `full` always does.
+        horizons: Sweep attack and prediction horizons of teachers; `full` always does.
         corruptions: Folder with the CIFAR-10-C arrays.
         seed: Of the choice of images and of every attack.
         out, resume, runs, data_root, download, device, quiet: See the module.
@@ -52,7 +54,10 @@ def evaluate(
     from epdistill.workflows.evaluation import evaluate as work
     from epdistill.workflows.request import Asked
 
-    asked = Asked((), suite, limit, subset, seed, diagnose or None, path_of(corruptions))
+    asked = Asked(
+        (), suite, limit, subset, seed, diagnose or None, path_of(corruptions),
+        horizons=horizons or None,
+    )  # fmt: skip
     place = context_of(runs, data_root, download, device, quiet)
     return work(paths_of(models), place, asked=asked, out=path_of(out), resume=resume)
 

@@ -284,6 +284,10 @@ def evaluate(
     diagnose: Annotated[
         bool, typer.Option("--diagnose", help="Look for masked gradients; full always does.")
     ] = False,
+    horizons: Annotated[
+        bool,
+        typer.Option("--horizons", help="Sweep attack and prediction horizons; full always does."),
+    ] = False,
     corruptions: Annotated[
         Path | None, typer.Option("--corruptions", help="Folder with the CIFAR-10-C arrays.")
     ] = None,
@@ -303,7 +307,9 @@ def evaluate(
     from epdistill.workflows.evaluation import evaluate as work
     from epdistill.workflows.request import Asked
 
-    asked = Asked((), suite, limit, subset, seed, diagnose or None, corruptions)
+    asked = Asked(
+        (), suite, limit, subset, seed, diagnose or None, corruptions, horizons=horizons or None
+    )
     context = context_of(runs, data_root, download, device, quiet, together=True)
     done = work(models or [], context, asked=asked, out=out, resume=resume)
     if json:

@@ -76,7 +76,7 @@ class FullSuite(QuickSuite):
     autoattack_images: int = 100
     corruptions: tuple[str, ...] = (*MAIN, *EXTRA)
     severities: tuple[int, ...] = SEVERITIES
-    horizons: TemporalSettings = field(default_factory=TemporalSettings)
+    horizons: TemporalSettings | None = field(default_factory=TemporalSettings)
     diagnosed_images: int = 64
     name: str = "full"
 
@@ -146,10 +146,6 @@ class FullSuite(QuickSuite):
             sends=False,
             requires=AUTOATTACK,
         )
-
-    def temporal(self) -> TemporalSettings | None:
-        """The sweep over horizons."""
-        return self.horizons
 
     def diagnosed(self) -> int | None:
         """On how many images."""

@@ -124,7 +124,7 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     suite = evaluation.suite
     temporal = suite.temporal()
     return {
-        **asdict(suite),
+        **{key: value for key, value in asdict(suite).items() if key != "horizons"},
         "attacks": [attack.describe() for attack in suite.attacks()],
         "published": [attack.describe() for attack in suite.published()],
         "temporal": None if temporal is None else asdict(temporal),

@@ -137,6 +137,7 @@ class QuickSuite:
             worst case over the subject's own attacks, but lets views and attacks be compared
             one by one.
         samples: Draws of a stochastic model that its gradients and answers are the mean of.
+        horizons: The sweep over horizons, for models that relax; None to leave it out.
         name: As it stands in the results.
     """
 
@@ -154,6 +155,7 @@ class QuickSuite:
     severities: tuple[int, ...] = (1, 3, 5)
     exhaustive: bool = False
     samples: int = 20
+    horizons: TemporalSettings | None = None
     name: str = QUICK
 
     def __post_init__(self) -> None:
@@ -200,7 +202,7 @@ class QuickSuite:
 
     def temporal(self) -> TemporalSettings | None:
         """The sweep over horizons; None to leave it out."""
-        return None
+        return self.horizons
 
     def published(self) -> tuple[Attack, ...]:
         """The cells of the published protocol; none to leave it out."""

@@ -128,6 +128,8 @@ def evaluation_command(results: Mapping[str, Any], models: Sequence[str]) -> str
     words += ["--seed", str(settings["seed"])]
     if settings["name"] != "full" and any(model["verdict"] for model in results["models"]):
         words.append("--diagnose")
+    if settings["name"] != "full" and settings["temporal"]:
+        words.append("--horizons")
     return shlex.join(words)
 
 

@@ -121,7 +121,7 @@ def evaluate(
     _check_fit(subjects, data)
     content = validate(runs[0].config["recipe"], str(runs[0].path))
     how = recipe or content.evaluate
-    suite = chosen_suite(name, how)
+    suite = chosen_suite(name, how, horizons=bool(asked.horizons))
     seed = content.seed if asked.seed is None else asked.seed
     limit = min(asked.limit or how.limit, len(split))
     official = _official(asked.corruptions)

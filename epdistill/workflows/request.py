@@ -16,7 +16,7 @@ from epdistill.workflows.survival import offer
 
 if TYPE_CHECKING:
     from epdistill.robustness.journal import Journal
-    from epdistill.robustness.suites import QuickSuite
+    from epdistill.robustness.suites import QuickSuite, TemporalSettings
 
 STEM = "evaluate"
 
@@ -35,6 +35,7 @@ class Asked:
         diagnose: Look for masked gradients also where the suite does not.
         corruptions: A folder with the official CIFAR-10-C arrays.
         split: `test`, or `validation` for what choices are made on; `test` when None.
+        horizons: Sweep over horizons also where the suite does not.
     """
 
     models: tuple[Path, ...] = ()
@@ -45,6 +46,7 @@ class Asked:
     diagnose: bool | None = None
     corruptions: Path | None = None
     split: str | None = None
+    horizons: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every field, JSON-ready."""
@@ -69,12 +71,37 @@ class Asked:
         return replace(before, **news)
 
 
-def chosen_suite(name: str, how: EvaluateRecipe) -> QuickSuite:
+def chosen_suite(name: str, how: EvaluateRecipe, *, horizons: bool = False) -> QuickSuite:
     """A suite by name, with the recipe's radii and budgets.
+
+    Args:
+        name: `quick`, `paper` or `full`.
+        how: Radii and budgets.
+        horizons: Sweep over horizons, with the suite's own steps; `full` always does.
 
     Raises:
         EvaluationError: An unknown name.
     """
+    suite = _suite(name, how)
+    if not horizons or suite.horizons is not None:
+        return suite
+    return replace(suite, horizons=_horizons(how, suite.pgd.steps))
+
+
+def _horizons(how: EvaluateRecipe, steps: int) -> TemporalSettings:
+    from epdistill.robustness.attacks import PGDSettings
+    from epdistill.robustness.suites import TemporalSettings
+
+    full = how.full
+    return TemporalSettings(
+        attack_sweeps=full.attack_sweeps,
+        prediction_sweeps=full.prediction_sweeps,
+        pgd=PGDSettings(steps=steps),
+        images=full.temporal_images,
+    )
+
+
+def _suite(name: str, how: EvaluateRecipe) -> QuickSuite:
     from epdistill.robustness.attacks import PGDSettings, SquareSettings
     from epdistill.robustness.suites import find_suite
 
@@ -109,7 +136,6 @@ def _full_suite(how: EvaluateRecipe) -> QuickSuite:
         SquareSettings,
     )
     from epdistill.robustness.full import FullSuite
-    from epdistill.robustness.suites import TemporalSettings
 
     full = how.full
     return FullSuite(
@@ -124,12 +150,7 @@ def _full_suite(how: EvaluateRecipe) -> QuickSuite:
         hop_skip_jump_queries=full.hop_skip_jump_queries,
         hop_skip_jump_images=full.hop_skip_jump_images,
         autoattack_images=full.autoattack_images,
-        horizons=TemporalSettings(
-            attack_sweeps=full.attack_sweeps,
-            prediction_sweeps=full.prediction_sweeps,
-            pgd=PGDSettings(steps=full.steps),
-            images=full.temporal_images,
-        ),
+        horizons=_horizons(how, full.steps),
         diagnosed_images=full.diagnosed_images,
     )
 

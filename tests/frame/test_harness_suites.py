@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from epdistill.errors import EvaluationError
+from epdistill.recipes import EvaluateRecipe
 from epdistill.robustness.attacks import (
     APGDSettings,
     CWSettings,
@@ -28,6 +29,8 @@ from epdistill.robustness.published import PublishedPGD, published_pgd
 from epdistill.robustness.results import summary
 from epdistill.robustness.subjects import Horizons, MeanAnswer, Published, Subject, module_subject
 from epdistill.robustness.suites import QuickSuite, TemporalSettings, find_suite
+from epdistill.workflows.commands import evaluation_command
+from epdistill.workflows.request import chosen_suite
 
 Images = tuple[Tensor, Tensor]
 
@@ -363,3 +366,20 @@ def test_published_cells_stand_beside_adaptive_ones():
     assert counted == {("pgd", "linf", ""), ("corruption", "", "frost/1")}
     means = [family["published"] for family in average["families"].values()]
     assert average["published"] == pytest.approx(sum(means) / len(means))
+
+
+def test_horizons_on_request():
+    how = EvaluateRecipe(steps=7)
+    assert chosen_suite("quick", how).temporal() is None
+    assert chosen_suite("paper", how).temporal() is None
+    swept = chosen_suite("quick", how, horizons=True).temporal()
+    assert swept is not None
+    assert (swept.pgd.steps, swept.attack_sweeps) == (7, how.full.attack_sweeps)
+    # The full suite sweeps in any case, with its own steps.
+    full = [chosen_suite("full", how, horizons=on).temporal() for on in (False, True)]
+    assert full[0] == full[1] and full[0] is not None and full[0].pgd.steps == how.full.steps
+    settings = {
+        "name": "quick", "subset": "first", "seed": 0, "temporal": {"images": swept.images}
+    }  # fmt: skip
+    told = evaluation_command({"settings": settings, "n": 3, "models": []}, ["runs/a"])
+    assert told.endswith("--seed 0 --horizons")
