@@ -94,7 +94,7 @@ def predict(
 
     Args:
         images: PNG or JPEG files.
-        model: The `.onnx` file; the newest exported one without it.
+        model: The `.onnx` file, or `shipped`; the newest exported one without it.
         top: How many classes per image.
         runs, quiet: See the module.
     """

@@ -328,7 +328,7 @@ app.command()(export)
 @app.command()
 def predict(
     files: Annotated[
-        list[Path], typer.Argument(metavar="[MODEL.onnx] IMAGE...", help="Image files.")
+        list[Path], typer.Argument(metavar="[MODEL.onnx|shipped] IMAGE...", help="Image files.")
     ],
     top: Annotated[int, typer.Option("--top", min=1, help="Classes per image.")] = 3,
     runs: RunsFlag = RUNS,
@@ -337,9 +337,11 @@ def predict(
 ) -> None:
     """Labels and probabilities for image files."""
     from epdistill.errors import DataError
+    from epdistill.export.pretrained import SHIPPED
     from epdistill.workflows.deployment import predict as work
 
-    model = files[0] if files[0].suffix == ".onnx" else None
+    is_model = files[0].suffix == ".onnx" or files[0] == Path(SHIPPED)
+    model = files[0] if is_model else None
     images = files[1:] if model else files
     if not images:
         raise DataError(f"received {model} and no image; expected image files after the model")

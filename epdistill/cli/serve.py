@@ -22,7 +22,8 @@ def serve(
     models: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[MODEL.onnx]...", help="Exported files; the newest without any.",
+            metavar="[MODEL.onnx|shipped]...",
+            help="Exported files, or the one that comes with the package; the newest without any.",
             show_default=False,
         ),
     ] = None,

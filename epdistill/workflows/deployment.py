@@ -289,13 +289,14 @@ def predict(
     Args:
         context: Folders.
         images: PNG or JPEG files.
-        model: The `.onnx` file; the newest exported one without it.
+        model: The `.onnx` file, or `shipped`; the newest exported one without it.
         top: How many classes per image.
     """
     from epdistill.export.predict import predict_files
+    from epdistill.export.pretrained import named
     from epdistill.export.runtime import OnnxClassifier
 
-    path = model or newest_export(context)
+    path = newest_export(context) if model is None else named(model)
     classifier = OnnxClassifier.open_checked(path, threads=torch.get_num_threads())
     return path, predict_files(classifier, list(images), top)
 
@@ -311,5 +312,5 @@ def newest_export(context: Context) -> Path:
             return exported_file(run)
     raise RunError(
         f"no {EXPORTED} under {context.runs}; expected one: type `epdistill export` first, "
-        "or name an .onnx file"
+        "name an .onnx file, or `shipped` for the one that comes with the package"
     )

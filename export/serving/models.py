@@ -114,6 +114,6 @@ def newest_export(runs: Path) -> Path:
     else:
         raise ExportError(
             f"no exported model under {runs}; expected one: type `epdistill export` first, "
-            "or name an .onnx file"
+            "name an .onnx file, or `shipped` for the one that comes with the package"
         )
     return max(found, key=lambda path: (manifest_path(path).stat().st_mtime_ns, str(path)))

@@ -39,7 +39,7 @@ def start(
     """Load and check the models, then serve them until SIGTERM or Ctrl-C.
 
     Args:
-        models: Exported files; the newest one below `runs` without any.
+        models: Exported files, or `shipped`; the newest one below `runs` without any.
         runs: Folder of all runs.
         host: Address to listen on.
         port: 0 takes a free one.
@@ -55,6 +55,8 @@ def start(
         ExportError: A file that is not served, a place to listen that is taken, or a package
             that is missing.
     """
+    from epdistill.export.pretrained import named
+
     try:
         from epdistill.export.serving.engine import Engine
         from epdistill.export.serving.models import load_models, newest_export
@@ -67,7 +69,7 @@ def start(
             "type `pip install 'epdistill[serve]'`"
         ) from error
 
-    chosen = list(models) or [newest_export(runs)]
+    chosen = [named(model) for model in models] or [newest_export(runs)]
     threads = threads or (1 if engine == RAY else None)
     loaded = load_models(chosen, threads=threads, providers=providers)
     listener = bind(host, port)
