@@ -192,14 +192,16 @@ def with_noise(std: float, seed: int) -> Change:
     return change
 
 
-def with_attack(student: Student, eps: float, seed: int) -> Change:
-    """PGD-10 on the student's cross-entropy in the Linf ball."""
-    from epdistill.robustness.attacks import PGDSettings, pgd_linf
+def with_attack(student: Student, eps: float, seed: int, norm: str = "linf") -> Change:
+    """PGD-10 on the student's cross-entropy in the `linf` or `l2` ball."""
+    from epdistill.robustness.attacks import PGDSettings, pgd_l2, pgd_linf
+
+    attack = pgd_l2 if norm == "l2" else pgd_linf
 
     def change(images: Tensor, labels: Tensor, start: int) -> Tensor:
         index = torch.arange(start, start + len(images))
         settings = PGDSettings(steps=ATTACK_STEPS)
-        return pgd_linf(student, images, labels, eps, seed=seed, settings=settings, index=index)
+        return attack(student, images, labels, eps, seed=seed, settings=settings, index=index)
 
     return change
 
@@ -211,7 +213,7 @@ def fidelities(
     recipe: StudentRecipe,
     seed: int,
     team: Team = ALONE,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Fidelity on clean images, on the first 2,000 with noise, on the first 200 under attack.
 
     Args:
@@ -223,14 +225,29 @@ def fidelities(
         team: Processes that share the work.
 
     Returns:
-        By `clean`, `noise` and `adversarial`: the fields of `Fidelity`, and `std` or `eps`.
+        By `clean`, `noise` and `adversarial`: the fields of `Fidelity`, and `std` or `eps`. And
+        by `l2` a list of the same at the published radii: what is lost where matching ends, and
+        what the teacher itself loses on its student's adversarial images.
         The attack is one of ten steps: its accuracy is no robust accuracy.
     """
+    from epdistill.robustness.paper import TABLE_L2
+
     some, few = (
         Split(test.images[:count], test.labels[:count]) for count in (NOISY_IMAGES, ATTACKED_IMAGES)
     )
     noise = with_noise(recipe.fidelity_noise, seed)
     attack = with_attack(student, recipe.fidelity_eps, seed)
+    radii = [
+        {
+            "eps": eps,
+            **vars(
+                measure(
+                    student, teacher, few, change=with_attack(student, eps, seed, "l2"), team=team
+                )
+            ),
+        }
+        for eps in TABLE_L2
+    ]
     return {
         "clean": vars(measure(student, teacher, test, team=team)),
         "noise": {
@@ -241,4 +258,5 @@ def fidelities(
             "eps": recipe.fidelity_eps,
             **vars(measure(student, teacher, few, change=attack, team=team)),
         },
+        "l2": radii,
     }

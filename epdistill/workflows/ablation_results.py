@@ -133,7 +133,7 @@ def content_of(place: Workplace, found: list[Found], failed: Mapping[str, str]) 
 
 
 def _fidelity(seeds: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Means over seeds of agreement and calibration error, and over layers too of R² and cosine."""
+    """Means over seeds, and of R² and cosine over layers too."""
     some = [one for one in seeds if one is not None]
     if not some:
         return None
@@ -142,15 +142,22 @@ def _fidelity(seeds: list[dict[str, Any] | None]) -> dict[str, Any] | None:
         known = [value for value in values if value is not None]
         return fmean(known) if known else None
 
-    return {
-        inputs: {
-            **{key: fmean(one[inputs][key] for one in some)
+    def means(found: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            **{key: fmean(one[key] for one in found)
                for key in ("accuracy", "teacher_accuracy", "agreement", "ece")},
-            **{key: mean([value for one in some for value in one[inputs][key]])
+            **{key: mean([value for one in found for value in one[key]])
                for key in ("r2", "cosine")},
-        }
-        for inputs in _INPUTS
-    }  # fmt: skip
+        }  # fmt: skip
+
+    # Students that were trained before it was measured have none.
+    radii = [one.get("l2", []) for one in some]
+    return {
+        **{inputs: means([one[inputs] for one in some]) for inputs in _INPUTS},
+        "l2": [
+            {"eps": found[0]["eps"], **means(list(found))} for found in zip(*radii, strict=False)
+        ],
+    }
 
 
 def _differences(by_row: Mapping[str, list[Found]]) -> list[dict[str, Any]]:

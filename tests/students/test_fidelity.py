@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from epdistill.data import DataSet, Split
 from epdistill.recipes import Recipe
+from epdistill.robustness.paper import TABLE_L2
 from epdistill.students.distill import build_student
 from epdistill.students.fidelity import calibration_error, fidelities, measure, with_attack
 from epdistill.teachers.model import EPCNN
@@ -121,7 +122,12 @@ def test_all_three_inputs(data: DataSet, teacher: EPCNN, recipe: Callable[..., R
     assert torch.equal(before, torch.get_rng_state())
     assert student.training
     assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
-    assert list(found) == ["clean", "noise", "adversarial"]
+    assert list(found) == ["clean", "noise", "adversarial", "l2"]
+    # The farther the attack goes, the fewer answers of the student are left.
+    assert [one["eps"] for one in found["l2"]] == list(TABLE_L2)
+    left = [one["accuracy"] for one in found["l2"]]
+    assert left == sorted(left, reverse=True) and left[-1] < found["clean"]["accuracy"]
+    assert {one["images"] for one in found["l2"]} == {200}
     assert (found["noise"]["std"], found["adversarial"]["eps"]) == (0.3, 0.2)
     assert found["clean"]["images"] == found["noise"]["images"] == len(data.test)
     assert found["adversarial"]["images"] == 200
