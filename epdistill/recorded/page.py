@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from epdistill.recorded.models import Kin, kins, titles
 from epdistill.recorded.pictures import draw_all
@@ -21,6 +22,7 @@ from epdistill.recorded.tables import (
     fidelity_table,
     model_table,
     protocol_table,
+    radius_table,
     speed_table,
     worst_table,
 )
@@ -137,6 +139,19 @@ def _ablation(record: Record) -> list[str]:
         *ablation_tables(content),
         "Students beside their teachers (rows without a teacher: beside the EP-CNN):",
         *fidelity_table(content),
+        *_radii(content),
+    ]
+
+
+def _radii(content: Mapping[str, Any]) -> list[str]:
+    found = radius_table(content)
+    if not found:
+        return []
+    return [
+        "What is lost where: images of PGD-10 (L2) on the student, and in each cell: same label as "
+        "the teacher in %, R² of the matched layers, student right in %, teacher right on the same "
+        "images in %:",
+        *found,
     ]
 
 

@@ -62,7 +62,27 @@ def _curves(record: Record, folder: Path) -> dict[str, str]:
         drawn[stem] = (
             f"accuracy over the {'L2' if norm == L2 else 'Linf'} radius, {content['split']} images"
         )
-    return drawn
+    return drawn | _fidelity(record, folder)
+
+
+def _fidelity(record: Record, folder: Path) -> dict[str, str]:
+    """How often a student still gives its teacher's label, over the radius of an attack on it."""
+    curves = {}
+    for row in record.content["rows"]:
+        found = row["fidelity"]
+        if found and found.get("l2") and row["row"].startswith("distilled"):
+            images = row["seeds"][0]["fidelity"]["l2"][0]["images"]
+            points = [{"eps": 0.0, **found["clean"]}, *found["l2"]]
+            curves[row["row"]] = [
+                {"eps": one["eps"], "accuracy": one["agreement"], "n": images} for one in points
+            ]
+    if not curves:
+        return {}
+    stem = f"{record.file.removesuffix('.json')}-fidelity"
+    title = "Images of PGD-10 on the student: does its teacher answer the same?"
+    figure = accuracy_curves(curves, L2, title=title, what="same label as the teacher")
+    save(figure, folder / stem)
+    return {stem: f"students and teachers on the students' adversarial images, {record.name}"}
 
 
 def _horizons(record: Record, titles: Mapping[str, str], folder: Path) -> dict[str, str]:

@@ -162,6 +162,25 @@ def fidelity_table(content: Mapping[str, Any]) -> list[str]:
     return table(head, body) if body else []
 
 
+def radius_table(content: Mapping[str, Any]) -> list[str]:
+    """What is lost where: student and teacher on the student's own adversarial images."""
+    rows = [row for row in content["rows"] if row["fidelity"] and row["fidelity"].get("l2")]
+    if not rows:
+        return []
+    body = []
+    for row in rows:
+        found = row["fidelity"]
+        points = [found["clean"], *found["l2"]]
+        cells = [
+            f"{percent(one['agreement'])}, {_two(one['r2'])}, {percent(one['accuracy'])}, "
+            f"{percent(one['teacher_accuracy'])}"
+            for one in points
+        ]
+        body.append([f"`{row['row']}`", *cells])
+    head = ["row", "clean", *(ball(L2, one["eps"]) for one in rows[0]["fidelity"]["l2"])]
+    return table(head, body)
+
+
 def _two(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}"
 

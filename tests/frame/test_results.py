@@ -269,6 +269,10 @@ def test_an_ablation_is_recorded_with_its_runs(done: Ablated, tmp_path: Path) ->
         assert f"{100 * clean['accuracy']:.1f}" in text
         assert f"({low:.0f}-" in text
     assert "`ce` - `ep-teacher`" in text
+    distilled = next(row for row in done.content["rows"] if row["row"] == "distilled")
+    lost = distilled["fidelity"]["l2"][-1]
+    assert f"{100 * lost['accuracy']:.1f}, {100 * lost['teacher_accuracy']:.1f} |" in text
+    assert any(stem.endswith("-fidelity") for stem in kept.pictures)
     for path in (tmp_path / "records").glob("*.json"):
         assert str(done.folder.parent.parent) not in path.read_text()
     # Recorded again: the same files, once each.

@@ -22,7 +22,9 @@ from epdistill.robustness.pictures.style import (
 _SIGNS = 12  # about so many markers on a long curve
 
 
-def accuracy_curves(curves: Mapping[str, Rows], norm: str, *, title: str | None = None) -> Figure:
+def accuracy_curves(
+    curves: Mapping[str, Rows], norm: str, *, title: str | None = None, what: str = "accuracy"
+) -> Figure:
     """Draw accuracy over eps with Wilson's 95 % intervals.
 
     Args:
@@ -31,6 +33,7 @@ def accuracy_curves(curves: Mapping[str, Rows], norm: str, *, title: str | None 
             norm fit as they are; clean accuracy is the row with `eps` 0.
         norm: `"linf"` (drawn in grey levels of 255) or `"l2"`.
         title: Above the picture.
+        what: Which share of the images it is.
 
     Raises:
         EvaluationError: No model, no row, an unknown norm, or a value out of range.
@@ -39,8 +42,8 @@ def accuracy_curves(curves: Mapping[str, Rows], norm: str, *, title: str | None 
         raise EvaluationError(f"received norm {norm!r}; expected one of {', '.join(NORMS)}")
     if norm == LINF:
         label = "radius of the Linf ball (grey levels of 255)"
-        return _draw(curves, "eps", 255, label, title)
-    return _draw(curves, "eps", 1, "radius of the L2 ball (on pixels in [0,1])", title)
+        return _draw(curves, "eps", 255, label, title, what)
+    return _draw(curves, "eps", 1, "radius of the L2 ball (on pixels in [0,1])", title, what)
 
 
 def sweep_curves(curves: Mapping[str, Rows], *, title: str | None = None) -> Figure:
@@ -61,7 +64,12 @@ def sweep_curves(curves: Mapping[str, Rows], *, title: str | None = None) -> Fig
 
 @house_style()
 def _draw(
-    curves: Mapping[str, Rows], key: str, scale: float, label: str, title: str | None
+    curves: Mapping[str, Rows],
+    key: str,
+    scale: float,
+    label: str,
+    title: str | None,
+    what: str = "accuracy",
 ) -> Figure:
     check_models(curves, "accuracy curves")
     figure, (axes,) = panels(1, 5.6, 3.4, across=1)
@@ -89,7 +97,7 @@ def _draw(
         )
         handles.append(line[0])
     axes.set_xlabel(label)
-    axes.set_ylabel("accuracy (%), 95 % interval")
+    axes.set_ylabel(f"{what} (%), 95 % interval")
     axes.set_ylim(-2, 102)
     axes.grid(visible=True)
     legend_below(figure, handles, list(curves))
