@@ -145,7 +145,7 @@ def _ablation(content: Mapping[str, Any]) -> Record:
     rows = ",".join(row["row"] for row in content["rows"])
     words = ["epdistill", "ablate", "--recipe", recipe["name"], "--rows", rows]
     words += ["--split", split] if split == "test" else []
-    name = f"{recipe['data']['name']}-{recipe['name']}-{split}"
+    name = f"{recipe['data']['name']}-{recipe['name']}-{split}-from-seed-{recipe['seed']}"
     return Record(ABLATION, name, shlex.join(words), None, content)
 
 

@@ -130,7 +130,8 @@ def _ablation(record: Record) -> list[str]:
     settings = content["recipe"]["evaluate"]
     return [
         "",
-        f"### Students and controls, {content['split']} images",
+        f"### Students and controls, {content['split']} images, seeds from "
+        f"{content['recipe']['seed']}",
         "",
         f"Suite `{content['suite']}`: PGD with {settings['steps']} steps and Square with "
         f"{settings['queries']} queries on the true labels, along every gradient of a model that "
