@@ -29,7 +29,8 @@ class Record:
 
     Attributes:
         kind: `"run"`, `"evaluation"`, `"ablation"` or `"bench"`.
-        name: Of the folder that it is about; for an ablation made of data, recipe, split and first seed.
+        name: Of the folder that it is about; an ablation's is made of its data, recipe, split and
+            first seed.
         command: What to type to measure it again.
         hardware: Processor, cores, versions; None where the source does not say.
         content: The JSON of the source.
