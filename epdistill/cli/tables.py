@@ -103,14 +103,18 @@ def evaluation_table(done: Evaluated) -> None:
         if (found := model["diagnosis"]) is None:
             continue
         # A file without gradients may have no radius of its own that it was looked at.
+        checks = diagnosis_rows(found)
         threat = "" if found["eps"] is None else ball(found["norm"], found["eps"])
         show_table(
             f"{found['text']}\nAt {threat}:" if threat else found["text"],
-            ["check", "", "value", "fails where", "what to do"],
-            diagnosis_rows(found),
+            ["check", "", "value", "fails where"],
+            [row[:4] for row in checks],
             None,
-            words=(0, 1, 3, 4),
+            words=(0, 1, 3),
         )
+        # Advice is long, and for the few that need it: beside the others it leaves no room.
+        if advice := [[row[0], row[4]] for row in checks if row[4]]:
+            show_table("what to do", ["check", ""], advice, None, words=(0, 1))
         if horizons := horizon_rows(found):
             show_table(
                 f"{model['name']}: the same PGD along one gradient at a time, {threat}",
