@@ -27,6 +27,7 @@ def run(
     precision: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     out: Place | None = None,
+    resume: bool = False,
     runs: Place = RUNS,
     data_root: Place | None = None,
     download: bool = False,
@@ -45,6 +46,7 @@ def run(
         precision: `float32`, `bfloat16` or `float64`.
         overrides: Further recipe keys, as `{"teacher.beta": 0.3}`.
         out: Folder of the summary and the report.
+        resume: Go on with the run in `out`, or with the newest unfinished one; its recipe counts.
         runs, data_root, download, device, track, quiet: See the module.
     """
     from epdistill.workflows.path import run_path
@@ -52,7 +54,8 @@ def run(
     changed = shared_keys("teacher", data, image_size, epochs, seed, precision)
     changed |= {"student.epochs": epochs, **(overrides or {})}
     place = context_of(runs, data_root, download, device, quiet, track)
-    return run_path(recipe_of(recipe, data, changed), place, out=path_of(out))
+    base = None if resume else recipe_of(recipe, data, changed)
+    return run_path(base, place, out=path_of(out))
 
 
 def teach(

@@ -95,6 +95,7 @@ def run_command(
     device: DeviceFlag = "auto",
     precision: PrecisionFlag = None,
     out: OutFlag = None,
+    resume: ResumeFlag = False,
     runs: RunsFlag = RUNS,
     track: TrackFlag = None,
     quiet: QuietFlag = False,
@@ -102,6 +103,7 @@ def run_command(
 ) -> None:
     """The whole path on a recipe (default: real handwritten digits, nothing to download)."""
     from epdistill.cli.tables import path_table
+    from epdistill.errors import RecipeError
     from epdistill.recipes import load_recipe, recipe_for
     from epdistill.workflows.path import run_path
 
@@ -109,8 +111,15 @@ def run_command(
         "teacher", data=data, image_size=image_size, epochs=epochs, seed=seed, precision=precision
     )
     overrides["student.epochs"] = epochs
+    given = [name for name, value in {"--recipe": recipe, **overrides}.items() if value is not None]
+    if resume and given:
+        raise RecipeError(
+            f"--resume with {', '.join(given)}; expected none of these: the recipe is that of the "
+            "run that goes on"
+        )
     context = context_of(runs, data_root, download, device, quiet, track)
-    finished = run_path(load_recipe(recipe or recipe_for(data), overrides), context, out=out)
+    base = None if resume else load_recipe(recipe or recipe_for(data), overrides)
+    finished = run_path(base, context, out=out)
     if json:
         emit_json(finished.summary)
     else:
