@@ -17,9 +17,11 @@ from epdistill.recorded.store import (
     without_paths,
     write_record,
 )
-from epdistill.runs import CONFIG, Run, digest_of, open_run
+from epdistill.runs import CONFIG, Run, atomic_write, digest_of, open_run
 from epdistill.sealed import read_sealed
 
+# A few images as the models saw them, which no figure rests on.
+EXAMPLES = "examples-*.png"
 _SPLITS = ("validation", "test")
 _KEPT = (
     "kind",
@@ -53,7 +55,13 @@ def record_all(folders: Sequence[Path], into: Path) -> list[Path]:
     found = {
         record.file: (record, source) for folder in folders for record, source in _found(folder)
     }
-    return [write_record(record, into, digest_of(source)) for record, source in found.values()]
+    written = []
+    for record, source in found.values():
+        written.append(path := write_record(record, into, digest_of(source)))
+        if record.kind == EVALUATION:
+            for picture in sorted(source.parent.glob(EXAMPLES)):
+                atomic_write(into / f"{path.stem}-{picture.name}", picture.read_bytes())
+    return written
 
 
 def _found(folder: Path) -> list[tuple[Record, Path]]:

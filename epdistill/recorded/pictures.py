@@ -42,6 +42,12 @@ def draw_all(records: Sequence[Record], titles: Mapping[str, str], folder: Path)
         drawn |= _curves(record, folder)
     for record in of_kind(records, EVALUATION):
         drawn |= _horizons(record, titles, folder)
+        drawn |= {
+            picture.stem: "adversarial images of each model, and what the models answer"
+            for picture in sorted(
+                folder.glob(f"{record.file.removesuffix('.json')}-examples-*.png")
+            )
+        }
     return drawn | _front(records, titles, folder)
 
 

@@ -281,6 +281,19 @@ def test_an_ablation_is_recorded_with_its_runs(done: Ablated, tmp_path: Path) ->
     assert again.records == kept.records
 
 
+def test_pictures_of_examples_come_along(done: Ablated, tmp_path: Path) -> None:
+    source = next((done.folder / "models").iterdir())
+    assert list(source.glob("examples-*.png"))
+    kept = keep([source], tmp_path / "records", tmp_path / "RESULTS.md")
+    stems = [stem for stem in kept.pictures if "-examples-" in stem]
+    assert stems
+    for stem in stems:
+        name = stem[stem.index("examples-") :]
+        assert (tmp_path / f"records/{stem}.png").read_bytes() == (
+            source / f"{name}.png"
+        ).read_bytes()
+
+
 def test_a_damaged_source_records_nothing(done: Ablated, tmp_path: Path) -> None:
     folder = tmp_path / "abl"
     shutil.copytree(done.folder.parent, folder)
