@@ -54,6 +54,10 @@ ROWS = (
     Row("smoothing", "smoothed labels", "student", {**_CLEAN, "student.label_smoothing": 0.1}),
     Row(NOISE, "labels, noise", "student", {**_LABELS, "student.inputs": "noise"}),
     Row(STRONG, "labels, strong noise", "student", {**_LABELS, **_STRONG}),
+    Row(
+        "noise-stronger", "labels, stronger noise", "student",
+        {**_LABELS, "student.inputs": "noise", "student.noise_std": 0.5},
+    ),
     Row(INPUTS, "labels, recipe's inputs", "student", _LABELS),
     Row(
         "kd", "teacher's logits alone", "student",
