@@ -8,7 +8,6 @@ from typing import Any
 
 from epdistill.recorded.store import ABLATION, BENCH, EVALUATION, RUN, Record, of_kind
 from epdistill.robustness.guards import L2, LINF
-from epdistill.robustness.intervals import wilson
 from epdistill.robustness.pictures import accuracy_curves, save, sweep_curves
 from epdistill.robustness.pictures.style import (
     house_style,
@@ -41,6 +40,7 @@ def draw_all(records: Sequence[Record], titles: Mapping[str, str], folder: Path)
     for record in of_kind(records, ABLATION):
         drawn |= _curves(record, folder)
     for record in of_kind(records, EVALUATION):
+        drawn |= _front(record, records, titles, folder)
         drawn |= _horizons(record, titles, folder)
         drawn |= {
             picture.stem: "adversarial images of each model, and what the models answer"
@@ -48,7 +48,7 @@ def draw_all(records: Sequence[Record], titles: Mapping[str, str], folder: Path)
                 folder.glob(f"{record.file.removesuffix('.json')}-examples-*.png")
             )
         }
-    return drawn | _front(records, titles, folder)
+    return drawn
 
 
 def _curves(record: Record, folder: Path) -> dict[str, str]:
@@ -126,60 +126,61 @@ def _horizons(record: Record, titles: Mapping[str, str], folder: Path) -> dict[s
     return drawn
 
 
-def _robust(records: Sequence[Record]) -> dict[str, Mapping[str, Any]]:
-    """By model's name: its worst case at the radius of the front."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for record in of_kind(records, ABLATION):
-        for row in record.content["rows"]:
-            for seed in row["seeds"]:
-                _note(found, Path(seed["run"]).name, seed["worst_case"])
-    for record in of_kind(records, EVALUATION):
-        for model in record.content["models"]:
-            _note(found, model["name"], model["worst_case"])
-    return found
+def _at_front(record: Record) -> tuple[float, dict[str, Mapping[str, Any]]]:
+    """The L2 radius of an evaluation nearest to the front's, and there by model the worst case."""
+    rows = [
+        (model["name"], case)
+        for model in record.content["models"]
+        for case in model["worst_case"]
+        if case["norm"] == L2
+    ]
+    if not rows:
+        return FRONT, {}
+    eps = min((case["eps"] for _, case in rows), key=lambda radius: abs(radius - FRONT))
+    return float(eps), {name: case for name, case in rows if case["eps"] == eps}
 
 
-def _note(
-    found: dict[str, Mapping[str, Any]], name: str, cases: Sequence[Mapping[str, Any]]
-) -> None:
-    found.update((name, case) for case in cases if _at_front(case))
-
-
-def _at_front(case: Mapping[str, Any]) -> bool:
-    return bool(case["norm"] == L2 and abs(case["eps"] - FRONT) < 1e-6)
-
-
-@house_style()
-def _front(records: Sequence[Record], titles: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Milliseconds per image at batch 1 against the worst case: one point per contender."""
-    robust = _robust(records)
+def _latencies(records: Sequence[Record]) -> list[tuple[str, str, float]]:
+    """Of what was timed at batch 1: the model's name, how it ran, milliseconds."""
     taught_by = {
         run.name: run.content["teacher"]["name"]
         for run in of_kind(records, RUN)
         if "teacher" in run.content
     }
-    points: list[tuple[str, float, Mapping[str, Any]]] = []
+    found = []
     for record in of_kind(records, BENCH):
-        teacher = taught_by.get(record.name)
         names = {
-            "teacher": teacher, "student": record.name, "int8": f"{record.name}/model-int8.onnx"
-        }  # fmt: skip
+            "teacher": taught_by.get(record.name),
+            "student": record.name,
+            "int8": f"{record.name}/model-int8.onnx",
+        }
         for row in record.content["rows"]:
             name = names.get(_ROLES.get(row["name"], ""))
-            if row["batch_size"] == 1 and name in robust:
-                ms = 1e3 * row["seconds_per_batch"]["median"]
-                title = titles.get(str(name), str(name))
-                after = row["name"].partition(", ")[2]
-                points.append((f"{title} ({after})", ms, robust[str(name)]))
-    if not points:
+            if row["batch_size"] == 1 and name is not None:
+                how = row["name"].partition(", ")[2]
+                found.append((name, how, 1e3 * row["seconds_per_batch"]["median"]))
+    # A teacher is timed again beside every student of it.
+    return list({(name, how): (name, how, ms) for name, how, ms in reversed(found)}.values())[::-1]
+
+
+@house_style()
+def _front(
+    record: Record, records: Sequence[Record], titles: Mapping[str, str], folder: Path
+) -> dict[str, str]:
+    """Milliseconds per image at batch 1 against the worst case: one point per contender."""
+    eps, robust = _at_front(record)
+    points = [
+        (f"{titles.get(name, name)} ({how})", ms, robust[name])
+        for name, how, ms in _latencies(records)
+        if name in robust
+    ]
+    if len(points) < 2:
         return {}
-    points = list({title: (title, ms, case) for title, ms, case in points}.values())
     figure, (axes,) = panels(1, 5.6, 3.6, across=1)
     handles = []
     for place, (_, ms, case) in enumerate(points):
-        style = look(place)
-        share, n = case["accuracy"], case["n"]
-        low, high = wilson(round(share * n), n)
+        style, share = look(place), case["accuracy"]
+        low, high = case["ci95"]
         line = axes.errorbar(
             [ms],
             [100 * share],
@@ -195,12 +196,17 @@ def _front(records: Sequence[Record], titles: Mapping[str, str], folder: Path) -
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("ms per image at batch 1 (median)")
-    axes.set_ylabel(f"accuracy (%) under the worst attack, {ball(L2, FRONT)}")
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(f"accuracy (%) under the worst attack, {ball(L2, eps)}")
+    axes.set_ylim(bottom=-2)
     axes.grid(visible=True)
     legend_below(figure, handles, [title for title, _, _ in points])
     hardware = of_kind(records, BENCH)[0].hardware or {}
-    note_below(figure, f"{hardware.get('cpu', '')}, {hardware.get('torch_threads', '')} thread(s)")
+    note_below(
+        figure,
+        f"{hardware.get('cpu', '')}, {hardware.get('torch_threads', '')} thread(s); "
+        f"{record.content['n']} images",
+    )
     title_above(figure, "Speed against robustness")
-    save(figure, folder / "front")
-    return {"front": "speed against robustness: the upper left corner is best"}
+    stem = f"{record.file.removesuffix('.json')}-front"
+    save(figure, folder / stem)
+    return {stem: "speed against robustness: the upper left corner is best"}

@@ -216,7 +216,7 @@ def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
     # A line that nobody measured is there for its printed figure; one with neither is not.
     assert "| C&W c = 0.005 | - | - | 42.0 |" in lines
     for stem in (
-        "front",
+        "evaluation-paper-001-front",
         "evaluation-paper-001-teacher-horizon",
         "evaluation-paper-001-teacher-sweeps",
     ):
@@ -365,4 +365,4 @@ def test_the_command(
     told = json.loads(capsys.readouterr().out)
     assert told["page"] == str(page)
     assert (told["records"], told["recorded"]) == (4, [])
-    assert "front" in told["pictures"]
+    assert "evaluation-paper-001-front" in told["pictures"]
