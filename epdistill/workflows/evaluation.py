@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from epdistill.data import DataSet, Split, fingerprint
-from epdistill.errors import DiskError, EpdistillError, RunError
+from epdistill.errors import DiskError, EpdistillError, LostTouchError, RunError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.recipes.loading import validate
 from epdistill.runs import Run, finished_runs, open_run
@@ -159,7 +159,9 @@ def evaluate(
                 team=context.team,
             )
         except EpdistillError as error:
-            if journal.empty and context.team.first and not isinstance(error, DiskError):
+            # After those two a resumed evaluation does better; after others it fails alike.
+            kept = isinstance(error, DiskError | LostTouchError)
+            if journal.empty and context.team.first and not kept:
                 forget(folder)
             raise
         evaluation = replace(evaluation, split=chosen)

@@ -11,7 +11,7 @@ import pytest
 
 from epdistill.cli import main
 from epdistill.disk import alone
-from epdistill.errors import DiskError
+from epdistill.errors import DiskError, LostTouchError, RunError
 from epdistill.robustness.journal import Journal
 from epdistill.runs import sweep
 from epdistill.workflows import training
@@ -111,6 +111,25 @@ def test_unfinished_evaluations_and_ablations_are_offered(
         assert code == 130 and "unfinished" not in said
         said = epd(*ablate)[1]
     assert "epdistill ablate --resume --out runs/tiny-ablation-001 continues it" in said
+
+
+def test_an_evaluation_that_lost_its_team_can_go_on(
+    epd: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(error: Exception) -> Callable[..., None]:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        return fail
+
+    assert epd("teach", "--recipe", "tiny.toml", "--quiet")[0] == 0
+    for error, kept in ((LostTouchError("the others have gone"), True), (RunError("bad"), False)):
+        with monkeypatch.context() as patched:
+            patched.setattr("epdistill.robustness.harness.evaluate", failing(error))
+            code, said = epd("evaluate", "--out", f"runs/{kept}")
+        assert code == error.exit_code and str(error) in said  # type: ignore[attr-defined]
+        assert Path(f"runs/{kept}").exists() is kept
+    assert epd("evaluate", "--resume", "--out", "runs/True")[0] == 0
 
 
 def test_a_full_disk_is_told_with_the_command(tmp_path: Path) -> None:
