@@ -37,7 +37,12 @@ class Row:
     keys: Mapping[str, Any]
 
 
-_LABELS = {"student.loss": "ce", "student.label_smoothing": 0.0, "student.cached_views": 0}
+_LABELS = {
+    "student.loss": "ce",
+    "student.label_smoothing": 0.0,
+    "student.label_weight": 0.0,  # it would be a second time the same
+    "student.cached_views": 0,
+}
 _CLEAN = {**_LABELS, "student.inputs": "clean"}
 
 # So much noise that a net pays for it on clean images: what robustness costs without a teacher.
@@ -61,7 +66,7 @@ ROWS = (
     Row(INPUTS, "labels, recipe's inputs", "student", _LABELS),
     Row(
         "kd", "teacher's logits alone", "student",
-        {"student.match": "logits", "student.readout": "learned"},
+        {"student.match": "logits", "student.readout": "learned", "student.label_weight": 0.0},
     ),
     Row(DISTILLED, "distilled by the recipe", "student", {}),
     Row("distilled-clean", "distilled, clean images", "student", {"student.inputs": "clean"}),
@@ -76,6 +81,9 @@ ROWS = (
         {"student.targets": "clean"},
     ),
     Row("distilled-labels", "distilled, and labels", "student", {"student.label_weight": 1.0}),
+    Row(
+        "distilled-unlabelled", "distilled, labels unseen", "student", {"student.label_weight": 0.0}
+    ),
     Row("distilled-bptt", "distilled from the BPTT twin", "student", {"teacher.rule": "bptt"}),
     Row("distilled-adv", "distilled from the adv-cnn", "student", {"model": "adv-cnn"}),
     Row("adv-cnn", "adversarial training itself", "teacher", {"model": "adv-cnn"}),

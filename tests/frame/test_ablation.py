@@ -139,12 +139,31 @@ def test_rows_change_what_they_say_and_nothing_else(base: Recipe):
         assert entry.row.keys.items() <= found.items()
         assert (entry.cell.teacher is None) == (entry.row.kind == "teacher")
     keys = {entry.row.name: entry.cell.keys for entry in entries}
-    assert keys["ep-teacher"] == keys["distilled"] == {}
-    assert len({json.dumps(found, sort_keys=True) for found in keys.values()}) == len(keys) - 2
+    # This base gives labels no weight.
+    assert keys["ep-teacher"] == keys["distilled"] == keys["distilled-unlabelled"] == {}
+    assert len({json.dumps(found, sort_keys=True) for found in keys.values()}) == len(keys) - 3
     teachers = {e.row.name: e.cell.teacher.label for e in entries if e.cell.teacher is not None}
     assert teachers["distilled-bptt"] == "ep-cnn-bptt"
     assert teachers["distilled-adv"] == "adv-cnn"
     assert {teachers[name] for name in ("ce", "noise", "kd", "distilled")} == {"ep-cnn-ep"}
+
+
+def test_labels_count_once_and_only_where_a_row_says_so(base: Recipe):
+    weighed = base.model_copy(
+        update={"student": base.student.model_copy(update={"label_weight": 1.0})}
+    )
+    cells = {entry.row.name: entry.cell for entry in plan_for(weighed, seeds=1).entries()}
+    weights = {name: cell.recipe.student.label_weight for name, cell in cells.items()}
+    unlabelled = {"ce", "smoothing", "noise", "noise-strong", "noise-stronger", "ce-inputs", "kd"}
+    assert {name for name, weight in weights.items() if weight == 0} == {
+        *unlabelled, "distilled-unlabelled"
+    }  # fmt: skip
+    # The controls are the same trainings whatever the base does with labels.
+    before = {entry.row.name: entry.cell for entry in plan_for(base, seeds=1).entries()}
+    for name in unlabelled:
+        assert cells[name].fingerprint == before[name].fingerprint
+    assert cells["distilled-unlabelled"].fingerprint == before["distilled"].fingerprint
+    assert cells["distilled"].fingerprint == before["distilled-labels"].fingerprint
 
 
 def test_deciding_rows_get_more_seeds(base: Recipe):
