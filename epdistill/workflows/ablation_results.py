@@ -76,8 +76,9 @@ def _found(place: Workplace, entry: Entry) -> Found:
         "worst_case": [_case(case, share_of(answers)) for case, answers in cases.items()],
         "corrupted": None if mean is None else mean["accuracy"],
         "fidelity": fidelity,
-        "parameters": config["results"]["parameters"],
-        "flops": config["results"]["flops"],
+        # A teacher from elsewhere may be older than these.
+        "parameters": config["results"].get("parameters"),
+        "flops": config["results"].get("flops"),
         "seconds": config["results"]["seconds"],
     }
     return Found(entry, cases, facts)
