@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,6 +21,16 @@ def test_it_settles_and_says_what_it_is() -> None:
     certificate = teacher.relax(images).certificate
     assert bool(certificate.converged.all())
     assert teacher(images).shape == (4, 10)
+
+
+def test_it_is_a_run_like_any_other() -> None:
+    """Whoever evaluates it gets its card."""
+    from epdistill.runs import open_run
+    from epdistill.workflows.cards import card
+
+    folder = Path(pretrained.__file__).parent / pretrained.FOLDER
+    words = card(open_run(folder, "teacher"))
+    assert "242,122" in words and "published test accuracy on cifar10, full size | 0.88" in words
 
 
 def test_a_damaged_copy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
