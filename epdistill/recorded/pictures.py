@@ -63,7 +63,8 @@ def _curves(record: Record, folder: Path) -> dict[str, str]:
         }
         stem = f"{record.file.removesuffix('.json')}-{norm}"
         n = rows[0]["mean"][0]["n"]
-        title = f"Under the worst attack: {content['split']} images, n = {n}, {most} seeds"
+        seeds = f"{most} seed{'s' * (most > 1)}"
+        title = f"Under the worst attack: {content['split']} images, n = {n}, {seeds}"
         save(accuracy_curves(curves, norm, title=title), folder / stem)
         drawn[stem] = (
             f"accuracy over the {'L2' if norm == L2 else 'Linf'} radius, {content['split']} images"

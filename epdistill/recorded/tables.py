@@ -65,7 +65,7 @@ def model_table(kins: Sequence[Kin], data: str) -> list[str]:
         )
     head = [
         "model", "seeds", "test accuracy, %", "published, full size", "teacher's label, %",
-        "parameters", "MFLOPs", "int8: points lost", "minutes",
+        "parameters", "MFLOPs", "int8: points lost", "minutes (last process)",
     ]  # fmt: skip
     return _measured(head, rows)
 

@@ -49,9 +49,9 @@ _CLEAN = {**_LABELS, "student.inputs": "clean"}
 _STRONG = {"student.inputs": "noise", "student.noise_std": 0.25}
 
 TEACHER, PLAIN, NOISE, INPUTS, DISTILLED = "ep-teacher", "ce", "noise", "ce-inputs", "distilled"
-STRONG = "noise-strong"
+STRONG, STRONGER = "noise-strong", "noise-stronger"
 # What every row is compared with over the same images.
-REFERENCES = (TEACHER, PLAIN, NOISE, STRONG, INPUTS)
+REFERENCES = (TEACHER, PLAIN, NOISE, STRONG, STRONGER, INPUTS)
 
 ROWS = (
     Row(TEACHER, "the EP teacher itself", "teacher", {}),
@@ -60,7 +60,7 @@ ROWS = (
     Row(NOISE, "labels, noise", "student", {**_LABELS, "student.inputs": "noise"}),
     Row(STRONG, "labels, strong noise", "student", {**_LABELS, **_STRONG}),
     Row(
-        "noise-stronger", "labels, stronger noise", "student",
+        STRONGER, "labels, stronger noise", "student",
         {**_LABELS, "student.inputs": "noise", "student.noise_std": 0.5},
     ),
     Row(INPUTS, "labels, recipe's inputs", "student", _LABELS),
