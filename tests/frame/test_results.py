@@ -133,6 +133,7 @@ def evaluation_record() -> Record:
         },
         {
             "name": "student",
+            "kind": "onnx",
             "clean": share(0.56),
             "worst_case": grid,
             "corruption_mean": None,
@@ -213,6 +214,7 @@ def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
     assert "masking evidence: attack horizon (EP)" in text
     assert "| student, onnxruntime | 1 | 1 (1-1) | 200 (200-200) |" in lines
     assert "* Not run: autoattack (not installed)" in lines
+    assert "Files have no gradients" in text
     # A line that nobody measured is there for its printed figure; one with neither is not.
     assert "| C&W c = 0.005 | - | - | 42.0 |" in lines
     for stem in (
