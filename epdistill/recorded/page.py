@@ -93,7 +93,6 @@ def _sections(records: Sequence[Record], named: Mapping[str, str]) -> list[str]:
         for record in of_kind(records, ABLATION):
             base = record.content["recipe"]
             if (base["data"]["name"], base["name"]) == (data, recipe):
-                used.add(record.file)
                 lines += _ablation(record)
         for record in of_kind(records, EVALUATION):
             if names & {model["name"].partition("/")[0] for model in record.content["models"]}:
@@ -103,12 +102,12 @@ def _sections(records: Sequence[Record], named: Mapping[str, str]) -> list[str]:
             if record.name in names:
                 used.add(record.file)
                 lines += _bench(record, named)
-    lines += [
-        line
-        for record in of_kind(records, BENCH)
-        if record.file not in used
-        for line in _bench(record, named)
-    ]
+    # Of models whose runs nobody recorded.
+    others = [record for record in records if record.file not in used]
+    for record in of_kind(others, EVALUATION):
+        lines += _evaluation(record, named, runs, "")
+    for record in of_kind(others, BENCH):
+        lines += _bench(record, named)
     return lines
 
 

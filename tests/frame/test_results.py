@@ -227,6 +227,14 @@ def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
+def test_what_was_measured_of_unrecorded_runs_is_shown_too(tmp_path: Path) -> None:
+    for record in (evaluation_record(), bench_record()):
+        write_record(record, tmp_path / "records", DIGEST)
+    text = keep([], tmp_path / "records", tmp_path / "RESULTS.md").page.read_text()
+    assert "| teacher | 58.0 (53-63) |" in text
+    assert "### Speed: student" in text
+
+
 def test_the_page_is_made_again_with_the_same_bytes(tmp_path: Path) -> None:
     records = filled(tmp_path / "records")
     (records / "notes.md").write_text("What people say.\n")
