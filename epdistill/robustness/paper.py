@@ -32,6 +32,9 @@ from epdistill.robustness.guards import L2, LINF
 from epdistill.robustness.published import PublishedPGD, published_pgd
 from epdistill.robustness.suites import FIRST, Attack, QuickSuite, attack
 
+# What the inherited field is annotated with: the reference resolves it here.
+from epdistill.robustness.suites import TemporalSettings as TemporalSettings
+
 ATTACK_SWEEPS = 70
 PREDICTION_SWEEPS = 250
 # The default of the published code, which its corruption figures left as it was.
