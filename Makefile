@@ -51,8 +51,8 @@ format: $(STAMP)
 # pdoc's own warnings are errors; what Ray does with old names of pydantic's is its own affair.
 DOCUMENTED := epdistill epdistill.api epdistill.augment epdistill.console epdistill.data \
   epdistill.errors epdistill.export epdistill.images epdistill.live epdistill.loading \
-  epdistill.page epdistill.recipes epdistill.recorded epdistill.robustness epdistill.runs epdistill.students \
-  epdistill.teachers epdistill.tracking epdistill.training epdistill.workflows
+  epdistill.page epdistill.recipes epdistill.recorded epdistill.robustness epdistill.runs \
+  epdistill.students epdistill.teachers epdistill.tracking epdistill.training epdistill.workflows
 
 docs: $(STAMP)
 	$(BIN)/python -P -W error -W ignore::DeprecationWarning -m pdoc --docformat google --output-directory docs-site $(DOCUMENTED)

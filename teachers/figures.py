@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from epdistill.recipes import Recipe
+from epdistill.recipes import EP_CNN, Recipe
 
 # Clean test accuracies printed beside the EP-CNN's (on CIFAR-10 and CIFAR-100; the two
 # adversarial rows are l2 .5 and 1). None was found for the WCA-Net in this protocol.
-_PUBLISHED = {
+PUBLISHED_CLEAN = {
     "ep-cnn": (0.88, 0.64),
     "bp-cnn": (0.88, 0.67),
     "adv-cnn l2 0.5": (0.82, 0.62),
@@ -45,10 +48,22 @@ def flops(model: nn.Module, images: Tensor) -> float:
 
 def published_accuracy(recipe: Recipe) -> dict[str, float]:
     """Published clean test accuracy of the recipe's teacher at full size, by data set."""
-    name = recipe.model
-    if name == "adv-cnn":
-        own = recipe.baselines.adv_cnn
-        name = f"{name} {own.norm} {own.eps:g}"
-    if name not in _PUBLISHED or (name == "ep-cnn" and recipe.teacher.rule != "ep"):
+    name = published_name(recipe.model_dump(mode="json"))
+    if name not in PUBLISHED_CLEAN:
         return {}
-    return dict(zip(("cifar10", "cifar100"), _PUBLISHED[name], strict=True))
+    return dict(zip(("cifar10", "cifar100"), PUBLISHED_CLEAN[name], strict=True))
+
+
+def published_name(recipe: Mapping[str, Any]) -> str | None:
+    """What a recipe's teacher is called where figures were published; None for an EP-CNN's twins.
+
+    Args:
+        recipe: As a run keeps it; older ones name no model and no rule.
+    """
+    name = str(recipe.get("model", EP_CNN))
+    if name == EP_CNN:
+        return name if recipe["teacher"].get("rule", "ep") == "ep" else None
+    if name == "adv-cnn":
+        own = recipe["baselines"]["adv_cnn"]
+        return f"{name} {own['norm']} {own['eps']:g}"
+    return name

@@ -26,6 +26,7 @@ from epdistill.cli.flags import (
     TrackFlag,
     context_of,
     overrides_of,
+    without_recipe,
 )
 from epdistill.cli.output import emit_json, show_table
 
@@ -89,12 +90,7 @@ def ablate(
     overrides |= {
         "student.epochs": epochs, "baselines.adv_cnn.epochs": epochs, "ablate.limit": limit
     }  # fmt: skip
-    given = [name for name, value in {"--recipe": recipe, **overrides}.items() if value is not None]
-    if resume and given:
-        raise RecipeError(
-            f"--resume with {', '.join(given)}; expected none of these: the recipe is that of the "
-            "ablation that goes on"
-        )
+    without_recipe(resume, recipe, overrides, "ablation")
     names = None if rows is None else tuple(name.strip() for name in rows.split(","))
     asked = Asked(names, seeds, split, tuple(teacher) if teacher else None)
     context = context_of(runs, data_root, download, device, quiet, track)

@@ -33,6 +33,7 @@ from epdistill.cli.flags import (
     WorkersFlag,
     context_of,
     overrides_of,
+    without_recipe,
 )
 from epdistill.cli.output import emit_json, show_table
 from epdistill.cli.results import results
@@ -103,7 +104,6 @@ def run_command(
 ) -> None:
     """The whole path on a recipe (default: real handwritten digits, nothing to download)."""
     from epdistill.cli.tables import path_table
-    from epdistill.errors import RecipeError
     from epdistill.recipes import load_recipe, recipe_for
     from epdistill.workflows.path import run_path
 
@@ -111,12 +111,7 @@ def run_command(
         "teacher", data=data, image_size=image_size, epochs=epochs, seed=seed, precision=precision
     )
     overrides["student.epochs"] = epochs
-    given = [name for name, value in {"--recipe": recipe, **overrides}.items() if value is not None]
-    if resume and given:
-        raise RecipeError(
-            f"--resume with {', '.join(given)}; expected none of these: the recipe is that of the "
-            "run that goes on"
-        )
+    without_recipe(resume, recipe, overrides, "run")
     context = context_of(runs, data_root, download, device, quiet, track)
     base = None if resume else load_recipe(recipe or recipe_for(data), overrides)
     finished = run_path(base, context, out=out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +98,30 @@ def context_of(
     team = join()
     reporter = Reporter(quiet=quiet or not team.first)
     return Context(runs, root, download, local_device(device), reporter, team, tuple(track or ()))
+
+
+def without_recipe(
+    resume: bool, recipe: str | None, overrides: Mapping[str, Any], what: str
+) -> None:
+    """Refuse flags of a recipe beside `--resume`.
+
+    Args:
+        resume: Whether that was given.
+        recipe: `--recipe`.
+        overrides: What other flags change in it; None where they were not given.
+        what: Goes on.
+
+    Raises:
+        RecipeError: Some were given.
+    """
+    from epdistill.errors import RecipeError
+
+    given = [name for name, value in {"--recipe": recipe, **overrides}.items() if value is not None]
+    if resume and given:
+        raise RecipeError(
+            f"--resume with {', '.join(given)}; expected none of these: the recipe is that of the "
+            f"{what} that goes on"
+        )
 
 
 def overrides_of(section: str, **values: Any) -> dict[str, Any]:

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from epdistill.recipes import EP_CNN
 from epdistill.recorded.store import RUN, Record, of_kind
+from epdistill.teachers.figures import published_name
 
 TITLES = {
     "ep-cnn": "EP-CNN", "bp-cnn": "BP-CNN", "adv-cnn": "Adv-CNN", "vit": "ViT", "wca": "WCA-Net"
 }  # fmt: skip
 _RULES = {"ep": "", "bptt": " by BPTT", "implicit": " by the implicit gradient"}
 _INPUTS = {"clean": "", "mix": ", half with noise", "noise": ", noise", "corruption": ", corrupted"}
-EP = "ep-cnn"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def title_of(run: Mapping[str, Any]) -> str:
     else:
         words += ", logits alone" if own.get("match") == "logits" else ", distilled"
         words += " with labels" if own.get("label_weight") else ""
-        if _teacher(recipe) != TITLES[EP]:
+        if _teacher(recipe) != TITLES[EP_CNN]:
             words += f" from {_teacher(recipe)}"
     if own["inputs"] == "adversarial":
         return f"{words}, adversarial images (trained for)"
@@ -61,9 +62,9 @@ def title_of(run: Mapping[str, Any]) -> str:
 
 
 def _teacher(recipe: Mapping[str, Any]) -> str:
-    name = recipe.get("model", EP)
-    if name == EP:
-        return TITLES[EP] + _RULES[recipe["teacher"].get("rule", "ep")]
+    name = recipe.get("model", EP_CNN)
+    if name == EP_CNN:
+        return TITLES[EP_CNN] + _RULES[recipe["teacher"].get("rule", "ep")]
     if name == "adv-cnn":
         own = recipe["baselines"]["adv_cnn"]
         return f"{TITLES[name]} {own['norm']} {own['eps']:g}"
@@ -72,16 +73,7 @@ def _teacher(recipe: Mapping[str, Any]) -> str:
 
 def published_key(run: Mapping[str, Any]) -> str | None:
     """The name that a teacher has in `epdistill.recorded.published`; None for all others."""
-    if run["kind"] != "teacher":
-        return None
-    recipe = run["recipe"]
-    name = str(recipe.get("model", EP))
-    if name == EP:
-        return EP if recipe["teacher"].get("rule", "ep") == "ep" else None
-    if name == "adv-cnn":
-        own = recipe["baselines"]["adv_cnn"]
-        return f"{name} {own['norm']} {own['eps']:g}"
-    return name
+    return published_name(run["recipe"]) if run["kind"] == "teacher" else None
 
 
 def place_of(run: Mapping[str, Any]) -> tuple[str, str]:

@@ -15,7 +15,6 @@ from epdistill.recorded.store import (
     RUN,
     Record,
     of_kind,
-    read_records,
 )
 from epdistill.recorded.tables import (
     ablation_tables,
@@ -36,21 +35,18 @@ _NO_GRADIENTS = (
 _NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
-def write_page(records: Path, page: Path) -> list[str]:
+def write_page(found: Sequence[Record], records: Path, page: Path) -> list[str]:
     """Write the page, and its pictures beside the records.
 
     Args:
-        records: The folder of the records; `notes.md` in it, where there is one, is what people
+        found: The records.
+        records: Their folder; `notes.md` in it, where there is one, is what people
             have to say about them, and comes first.
         page: The Markdown file.
 
     Returns:
         The stems of the pictures.
-
-    Raises:
-        EvaluationError: There are no records, or one is damaged.
     """
-    found = read_records(records)
     named = titles(found)
     pictures = draw_all(found, named, records)
     notes = records / NOTES

@@ -18,15 +18,16 @@ from epdistill.robustness.pictures.style import (
     title_above,
 )
 from epdistill.robustness.shares import ball
+from epdistill.workflows.bench_models import INT8, ONNX, PUBLISHED, SETTLED
 
 # The radius at which speed is set against robustness.
 FRONT = 0.308503
 # Contenders of bench.json and what they are short for.
 _ROLES = {
-    "teacher, published 250 sweeps": "teacher",
-    "teacher, relaxed to tolerance": "teacher",
-    "student, onnxruntime": "student",
-    "student, onnxruntime int8": "int8",
+    PUBLISHED: "teacher",
+    SETTLED: "teacher",
+    ONNX: "student",
+    INT8: "int8",
 }
 
 
@@ -44,9 +45,7 @@ def draw_all(records: Sequence[Record], titles: Mapping[str, str], folder: Path)
         drawn |= _horizons(record, titles, folder)
         drawn |= {
             picture.stem: "adversarial images of each model, and what the models answer"
-            for picture in sorted(
-                folder.glob(f"{record.file.removesuffix('.json')}-examples-*.png")
-            )
+            for picture in sorted(folder.glob(f"{record.stem}-examples-*.png"))
         }
     return drawn
 
@@ -61,7 +60,7 @@ def _curves(record: Record, folder: Path) -> dict[str, str]:
             row["row"]: [case for case in row["mean"] if case["norm"] in ("clean", norm)]
             for row in rows
         }
-        stem = f"{record.file.removesuffix('.json')}-{norm}"
+        stem = f"{record.stem}-{norm}"
         n = rows[0]["mean"][0]["n"]
         seeds = f"{most} seed{'s' * (most > 1)}"
         title = f"Under the worst attack: {content['split']} images, n = {n}, {seeds}"
@@ -85,7 +84,7 @@ def _fidelity(record: Record, folder: Path) -> dict[str, str]:
             ]
     if not curves:
         return {}
-    stem = f"{record.file.removesuffix('.json')}-fidelity"
+    stem = f"{record.stem}-fidelity"
     title = "Images of PGD-10 on the student: does its teacher answer the same?"
     figure = accuracy_curves(curves, L2, title=title, what="same label as the teacher")
     save(figure, folder / stem)
@@ -99,7 +98,7 @@ def _horizons(record: Record, titles: Mapping[str, str], folder: Path) -> dict[s
         temporal = model["temporal"]
         if temporal is None:
             continue
-        base = f"{record.file.removesuffix('.json')}-{model['name']}"
+        base = f"{record.stem}-{model['name']}"
         title = titles.get(model["name"], model["name"])
         clean = [
             {**cell, "sweeps": cell["prediction_sweeps"]}
@@ -208,6 +207,6 @@ def _front(
         f"{record.content['n']} images",
     )
     title_above(figure, "Speed against robustness")
-    stem = f"{record.file.removesuffix('.json')}-front"
+    stem = f"{record.stem}-front"
     save(figure, folder / stem)
     return {stem: "speed against robustness: the upper left corner is best"}

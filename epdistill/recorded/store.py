@@ -43,9 +43,14 @@ class Record:
     content: Mapping[str, Any]
 
     @property
+    def stem(self) -> str:
+        """What the names of its file and of its pictures begin with."""
+        return f"{self.kind}-{_UNSAFE.sub('-', self.name).strip('-')}"
+
+    @property
     def file(self) -> str:
         """The name of its file."""
-        return f"{self.kind}-{_UNSAFE.sub('-', self.name).strip('-')}.json"
+        return f"{self.stem}.json"
 
 
 def without_paths(content: Any) -> Any:

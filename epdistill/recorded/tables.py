@@ -12,7 +12,7 @@ from epdistill.recorded.store import Record
 from epdistill.robustness.guards import L2, LINF
 from epdistill.robustness.intervals import wilson
 from epdistill.robustness.paper import CONSTANTS, TABLE_L2, TABLE_LINF
-from epdistill.robustness.shares import ball
+from epdistill.robustness.shares import ball, threat
 
 NOTHING = "-"
 
@@ -101,7 +101,7 @@ def ablation_tables(content: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for norm in (L2, LINF):
         cases = [case for case in rows[0]["mean"] if case["norm"] in ("clean", norm)]
-        head = ["row", "seeds", "n", *(_threat(case) for case in cases)]
+        head = ["row", "seeds", "n", *(threat(case) for case in cases)]
         body = [
             [f"`{row['row']}`", str(len(row["seeds"])), str(row["mean"][0]["n"])]
             + [with_interval(case) for case in row["mean"] if case["norm"] in ("clean", norm)]
@@ -116,22 +116,18 @@ def ablation_tables(content: Mapping[str, Any]) -> list[str]:
     return lines + _differences(content)
 
 
-def _threat(case: Mapping[str, Any]) -> str:
-    return "clean" if case["norm"] == "clean" else ball(case["norm"], case["eps"])
-
-
 def _differences(content: Mapping[str, Any]) -> list[str]:
     """Every row against every reference: clean, and at all L2 radii."""
     found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for gap in content["differences"]:
         if gap["norm"] in ("clean", L2):
-            found.setdefault((gap["row"], gap["reference"]), {})[_threat(gap)] = gap
+            found.setdefault((gap["row"], gap["reference"]), {})[threat(gap)] = gap
     if not found:
         return []
-    threats = list(dict.fromkeys(threat for gaps in found.values() for threat in gaps))
+    threats = list(dict.fromkeys(name for gaps in found.values() for name in gaps))
     body = [
         [f"`{row}` - `{reference}`", str(len(next(iter(gaps.values()))["seeds"]))]
-        + [_gap(gaps[threat]) if threat in gaps else NOTHING for threat in threats]
+        + [_gap(gaps[name]) if name in gaps else NOTHING for name in threats]
         for (row, reference), gaps in found.items()
     ]
     return table(["", "seeds", *threats], body)

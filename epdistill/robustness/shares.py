@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,11 @@ def share(wrong: Tensor, scope: Tensor | None = None) -> dict[str, Any]:
     counted = wrong if scope is None else wrong[scope]
     n = len(counted)
     return accuracy(n - int(counted.sum()), n)
+
+
+def threat(case: Mapping[str, Any]) -> str:
+    """A row with `norm` and `eps` in words: `clean`, or the ball."""
+    return "clean" if case["norm"] == "clean" else ball(case["norm"], case["eps"])
 
 
 def ball(norm: str, eps: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from epdistill.robustness.guards import L2, LINF, NORMS
 from epdistill.robustness.paired import CLEAN
-from epdistill.robustness.shares import ball
+from epdistill.robustness.shares import threat
 from epdistill.workflows.ablation_plan import REFERENCES
 
 # The radius of the published tables at which rows are compared in the printed table.
@@ -20,10 +20,6 @@ def _cell(case: Mapping[str, Any]) -> str:
     low, high = case["ci95"]
     spread = "" if case["std"] is None else f"±{100 * case['std']:.1f}"
     return f"{100 * case['accuracy']:.1f}{spread}\n{100 * low:.0f}-{100 * high:.0f}"
-
-
-def _threat(case: Mapping[str, Any]) -> str:
-    return CLEAN if case["norm"] == CLEAN else ball(case["norm"], case["eps"])
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -58,7 +54,10 @@ def _accuracy(content: Mapping[str, Any], norm: str) -> Table:
     kept = {
         row["row"]: [case for case in row["mean"] if case["norm"] in (beside, norm)] for row in rows
     }
-    head = ["row", *(_threat(case).replace(" ", "\n") for case in kept[rows[0]["row"]])]
+    head = [
+        "row",
+        *(threat(case).replace(" ", "\n") for case in kept[rows[0]["row"]]),
+    ]
     body = [[_name(row), *map(_cell, kept[row["row"]])] for row in rows]
     if norm == L2 and all(row["corrupted"] is not None for row in rows):
         head.append("corrupted")
@@ -111,8 +110,8 @@ def _compared(content: Mapping[str, Any], case: tuple[str, float]) -> Table:
         ]
         for row in content["rows"]
     ]  # fmt: skip
-    threat = CLEAN if case[0] == CLEAN else ball(*case)
-    title = f"{threat}: points more than a reference on the same images (95 % interval)"
+    where = threat({"norm": case[0], "eps": case[1]})
+    title = f"{where}: points more than a reference on the same images (95 % interval)"
     return title, ["row", *references], body
 
 

@@ -50,5 +50,6 @@ def keep(folders: Sequence[Path], records: Path, page: Path) -> Kept:
         EvaluationError: A folder holds nothing to record, there are no records, or one is damaged.
     """
     recorded = record_all(folders, records)
-    pictures = write_page(records, page)
-    return Kept(page, tuple(recorded), len(read_records(records)), tuple(pictures))
+    found = read_records(records)
+    pictures = write_page(found, records, page)
+    return Kept(page, tuple(recorded), len(found), tuple(pictures))

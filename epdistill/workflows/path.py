@@ -21,8 +21,9 @@ from epdistill.workflows.context import Context
 from epdistill.workflows.deployment import export
 from epdistill.workflows.evaluation import Evaluated, evaluate
 from epdistill.workflows.report import report
+from epdistill.workflows.request import STEM as EVALUATE
 from epdistill.workflows.survival import offer
-from epdistill.workflows.training import Trained, distill, teach
+from epdistill.workflows.training import Trained, distill, stem_of, teach
 
 STEM, PATH, SUMMARY = "report", "path.json", "summary.json"
 
@@ -132,14 +133,14 @@ def _parts(recipe: Recipe | None, context: Context, out: Path | None) -> tuple[_
 
 
 def _taught(recipe: Recipe, parts: _Parts) -> Trained:
-    place = parts.place("teacher", f"{recipe.name}-{recipe.model}")
+    place = parts.place("teacher", stem_of(recipe, "teacher"))
     if found := _finished(place):
         return found
     return teach(recipe, parts.context, out=place, resume=(place / CONFIG).is_file())
 
 
 def _distilled(recipe: Recipe, parts: _Parts, teacher: Path) -> Trained:
-    place = parts.place("student", f"{recipe.name}-{recipe.student.name.replace(':', '-')}")
+    place = parts.place("student", stem_of(recipe, "student"))
     if found := _finished(place):
         return found
     going_on = (place / CONFIG).is_file()
@@ -159,7 +160,7 @@ def _evaluated(parts: _Parts, models: list[Path]) -> Evaluated:
     from epdistill.robustness.journal import begun
     from epdistill.robustness.results import JSON_NAME, read_results
 
-    place = parts.place("evaluation", "evaluate")
+    place = parts.place("evaluation", EVALUATE)
     if (place / JSON_NAME).is_file():
         return Evaluated(place, read_results(place))
     return evaluate(models, parts.context, out=place, resume=begun(place))

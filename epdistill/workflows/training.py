@@ -254,6 +254,12 @@ def inherit(content: Mapping[str, Any], overrides: Mapping[str, Any], source: st
     return validate(content, source)
 
 
+def stem_of(recipe: Recipe, kind: str) -> str:
+    """What the folder of a `teacher` or `student` is called, before its number."""
+    label = recipe.student.name.replace(":", "-") if kind == "student" else recipe.model
+    return f"{recipe.name}-{label}"
+
+
 def _open_folder(
     context: Context,
     out: Path | None,
@@ -264,9 +270,9 @@ def _open_folder(
     extra: dict[str, Any],
 ) -> tuple[Path, dict[str, Any]]:
     """Make the run's folder and write down what is about to happen."""
-    label = recipe.student.name.replace(":", "-") if kind == "student" else recipe.model
-    stem = f"{recipe.name}-{label}"
-    made = str(new_run_folder(out, context.runs, stem)) if context.team.first else ""
+    made = (
+        str(new_run_folder(out, context.runs, stem_of(recipe, kind))) if context.team.first else ""
+    )
     folder = Path(context.team.tell(made.encode()).decode())
     config = {
         "format_version": FORMAT_VERSION,
