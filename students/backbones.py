@@ -36,12 +36,20 @@ from epdistill.students.registry import (
 from epdistill.students.tapping import Tapped, tap
 from epdistill.students.torchvision_nets import torchvision_net
 
-__all__ = ["Request", "Stages", "Tapped", "build", "names", "register", "tap"]
+_HOME = __name__.rpartition(".")[0] + "."
+
+__all__ = ["Request", "Stages", "Tapped", "build", "bundled", "names", "register", "tap"]
 
 
 def names() -> list[str]:
     """The registered backbones."""
     return sorted(registered())
+
+
+def bundled(name: str) -> bool:
+    """Whether a known backbone is one of this package or of torchvision, not a user's own."""
+    home = getattr(registered().get(name), "__module__", None) or ""  # none where it was exec-uted
+    return name.startswith(TORCHVISION) or home.startswith(_HOME)
 
 
 def build(name: str, request: Request) -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from epdistill.errors import RecipeError, RunError
-from epdistill.students.backbones import Request, build, cannot_take
+from epdistill.students.backbones import Request, build, bundled, cannot_take
 from epdistill.students.registry import hint
 from epdistill.students.spec import StudentSpec
 from epdistill.teachers.targets import Shape
@@ -71,6 +71,7 @@ class Student(nn.Module):
             goal.in_channels, goal.image_size, spec.width, goal.shapes, goal.layers, spec.stages
         )
         self.backbone = build(spec.name, self._request)
+        self._reorders = bundled(spec.name)
         stages = self._stage_shapes()
         self.targets = goal.shapes[len(goal.shapes) - spec.matched :]
         self.pairs = self._pairs(stages)
@@ -136,6 +137,18 @@ class Student(nn.Module):
             self.readout_weight.copy_(weight)
             self.readout_bias.copy_(bias)
 
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """The backbone's stages.
+
+        Processors convolve a batch faster with the channels innermost. A user's backbone may
+        use `view`, which refuses that order.
+        """
+        normal = (images - self.mean) / self.std
+        if self._reorders and len(normal) > 1 and normal.device.type == "cpu":
+            normal = normal.contiguous(memory_format=torch.channels_last)
+        maps: list[Tensor] = self.backbone(normal)
+        return maps
+
     def match(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """What is compared with the teacher.
 
@@ -147,7 +160,7 @@ class Student(nn.Module):
             (N, classes). Of a bounded student the maps but the last are those of a
             sigmoid's argument.
         """
-        maps = self.backbone((images - self.mean) / self.std)
+        maps = self._maps(images)
         landed = []
         for index, adaptor, target in zip(
             self.pairs[:-1], self.adaptors, self.targets[:-1], strict=True
@@ -170,8 +183,7 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), float in [0,1] -> logits (N, classes)."""
-        maps = self.backbone((images - self.mean) / self.std)
-        top = self.head(maps[-1].flatten(1))
+        top = self.head(self._maps(images)[-1].flatten(1))
         return F.linear(top, self.readout_weight, self.readout_bias)
 
     def folded(self) -> nn.Module:
