@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from epdistill.recipes.section import Section
 
@@ -22,6 +22,8 @@ class AblateRecipe(Section):
         other_seeds: On how many of them the other rows are trained.
         vary: What a seed moves: `all`, or the `student` alone, where one teacher is all that
             can be afforded; the spread over seeds then says nothing about teachers.
+        teacher_seed: Seed of that one teacher, and so of the validation images; the recipe's
+            without it. With it further seeds of students can be added elsewhere and later.
         suite: `quick` or `full`.
         limit: Images that are attacked, drawn by the recipe's seed: the same for all.
         linf: Radii of the Linf balls, in units of the [0,1] pixel range.
@@ -35,7 +37,14 @@ class AblateRecipe(Section):
     seeds: PositiveInt = 3
     other_seeds: PositiveInt = 1
     vary: Literal["all", "student"] = "all"
+    teacher_seed: NonNegativeInt | None = None
     suite: Literal["quick", "full"] = "quick"
     limit: PositiveInt = 200
     linf: tuple[PositiveFloat, ...] = (0.00464159, 0.01, 0.0215443, 8 / 255)
     l2: tuple[PositiveFloat, ...] = (0.0788029, 0.308503, 0.486219, 1.0)
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> AblateRecipe:
+        if self.teacher_seed is not None and self.vary != "student":
+            raise ValueError('teacher_seed is that of one teacher: expected vary = "student"')
+        return self

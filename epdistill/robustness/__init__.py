@@ -8,6 +8,7 @@ suites        which attacks, which strengths, which corruptions: `--suite quick`
 full, paper   the other suites
 harness       `evaluate`: runs a suite over subjects
 attacking     its attacks, and what images crafted on one subject do to the others
+crafted       such images on disk, for evaluations that share a subject
 corrupting    its corruptions
 temporal      its sweep over attack and prediction horizons
 published     its cells of the published protocol

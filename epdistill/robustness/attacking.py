@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from epdistill.robustness.attacks import counted, expectation
+from epdistill.robustness.crafted import Made
 from epdistill.robustness.guards import TOLERANCE, check_adversarial, derive_seed
 from epdistill.robustness.journal import pack_bits, pack_floats, unpack_bits, unpack_floats
 from epdistill.robustness.outcomes import (
@@ -232,22 +233,31 @@ def craft(
         (n,C,H,W) on the CPU, their distances (n,) float64, and the images shown to the
         model per image (each draw of a stochastic one).
     """
-    asked = counted(model)
-    radius = () if eps is None else (eps,)
+    subject, radius = ledger.subject, () if eps is None else (eps,)
     images = task.unit_images(part)
-    with named(f"{ledger.name}, view {view}" if view else ledger.name):
+
+    def make() -> Made:
+        asked = counted(model)
         found = attack.run(
             asked,
-            images.to(ledger.subject.device),
-            task.labels[part].to(ledger.subject.device),
+            images.to(subject.device),
+            task.labels[part].to(subject.device),
             *radius,
             seed=derive_seed(task.seed, attack.name, attack.norm, view, *radius),
             index=task.examples[part],
-        ).cpu()
+        )
+        return found.cpu(), asked.queries
+
+    with named(f"{ledger.name}, view {view}" if view else ledger.name):
+        if task.crafted is None or subject.stochastic:
+            found, queries = make()
+        else:
+            key = [attack.name, attack.norm, eps, view, task.examples[part].tolist()]
+            found, queries = task.crafted.get(subject.identity, key, make)
         # Again here: the suite may hold attacks that do not check themselves.
         reach = check_adversarial(images, found, attack.norm, math.inf if eps is None else eps)
-    draws = task.suite.samples if ledger.subject.stochastic else 1
-    return found, reach, draws * asked.queries / len(part)
+    draws = task.suite.samples if subject.stochastic else 1
+    return found, reach, draws * queries / len(part)
 
 
 def _unit(

@@ -25,6 +25,7 @@ from epdistill.robustness.attacking import (
     open_ledger,
 )
 from epdistill.robustness.corrupting import Official, check_official, run_corruptions
+from epdistill.robustness.crafted import Crafted
 from epdistill.robustness.extras import diagnosis_unit, diagnosis_work, run_basins, run_diagnosis
 from epdistill.robustness.guards import check_logits, derive_seed, evaluation_mode
 from epdistill.robustness.journal import Journal
@@ -54,6 +55,7 @@ def evaluate(
     diagnose: bool = False,
     official: Official | None = None,
     team: Team = ALONE,
+    crafted: Crafted | None = None,
 ) -> Evaluation:
     """Measure clean accuracy, robust accuracy and accuracy under corruption.
 
@@ -78,6 +80,8 @@ def evaluate(
             generated ones.
         team: Processes that share out the units of work. The result is that of a single
             one; rank 0's journal alone has a file, and all begin with the same units in it.
+        crafted: Where adversarial images of some models are kept for the next evaluation, or
+            lie already.
 
     Returns:
         The outcome for each image, subject and attack.
@@ -89,7 +93,8 @@ def evaluate(
     how = subset or chosen.subset()
     _check_arguments(subjects, images, labels, limit, how, batch_size)
     examples = choose(len(images), limit, seed, how)
-    task = Task(images[examples].cpu(), labels[examples].cpu(), examples, chosen, seed, batch_size)
+    pixels, truth = images[examples].cpu(), labels[examples].cpu()
+    task = Task(pixels, truth, examples, chosen, seed, batch_size, crafted)
     if official is not None:
         check_official(official, task)
     ledgers = [open_ledger(subject, chosen.samples) for subject in subjects]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from epdistill.distributed import ALONE, Team
 from epdistill.errors import EpdistillError
+from epdistill.robustness.crafted import Crafted
 from epdistill.robustness.guards import check_logits, derive_seed
 from epdistill.robustness.journal import Journal, pack_bits, unpack_bits
 from epdistill.robustness.subjects import Predict, Subject
@@ -40,6 +41,7 @@ class Task:
         suite: The attacks and corruptions.
         seed: Of everything random.
         batch_size: Images per unit.
+        crafted: Where adversarial images of some models are kept.
     """
 
     images: Tensor
@@ -48,6 +50,7 @@ class Task:
     suite: QuickSuite
     seed: int
     batch_size: int
+    crafted: Crafted | None = None
 
     @property
     def n(self) -> int:

@@ -7,6 +7,7 @@ takes the next part that is ready and that nobody else holds.
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,6 +102,8 @@ def ablate(
         failed = _work_through(place)
         content = content_of(place, found_so_far(place), failed)
         write(place, content, pictures=True)
+        if content["complete"]:
+            shutil.rmtree(place.crafted, ignore_errors=True)
     return Ablated(place.output, content)
 
 
@@ -121,11 +124,14 @@ def planned(
     """
     place = _place(recipe, context, asked, out, resume)
     guesses, entries = costs(place.plan, place.context), place.plan.entries()
-    found = []
+    found, seen = [], set[str]()
     for cell in place.plan.cells():
         judging = [entry for entry in entries if entry.cell.fingerprint == cell.fingerprint]
-        # The sender's images are made anew for every cell that they are tried on.
-        attacked = {cell.fingerprint: cell} | {e.sender.fingerprint: e.sender for e in judging}
+        # A sender's images are made with the first cell that they are tried on, and kept.
+        attacked = {cell.fingerprint: cell} | {
+            e.sender.fingerprint: e.sender for e in judging if e.sender.fingerprint not in seen
+        }
+        seen |= {entry.sender.fingerprint for entry in judging}
         found.append(
             {
                 "cell": cell.name,

@@ -47,6 +47,7 @@ _CLEAN = {**_LABELS, "student.inputs": "clean"}
 
 # So much noise that a net pays for it on clean images: what robustness costs without a teacher.
 _STRONG = {"student.inputs": "noise", "student.noise_std": 0.25}
+_STRONGER = {"student.inputs": "noise", "student.noise_std": 0.5}
 
 TEACHER, PLAIN, NOISE, INPUTS, DISTILLED = "ep-teacher", "ce", "noise", "ce-inputs", "distilled"
 STRONG, STRONGER = "noise-strong", "noise-stronger"
@@ -59,10 +60,7 @@ ROWS = (
     Row("smoothing", "smoothed labels", "student", {**_CLEAN, "student.label_smoothing": 0.1}),
     Row(NOISE, "labels, noise", "student", {**_LABELS, "student.inputs": "noise"}),
     Row(STRONG, "labels, strong noise", "student", {**_LABELS, **_STRONG}),
-    Row(
-        STRONGER, "labels, stronger noise", "student",
-        {**_LABELS, "student.inputs": "noise", "student.noise_std": 0.5},
-    ),
+    Row(STRONGER, "labels, stronger noise", "student", {**_LABELS, **_STRONGER}),
     Row(INPUTS, "labels, recipe's inputs", "student", _LABELS),
     Row(
         "kd", "teacher's logits alone", "student",
@@ -72,6 +70,7 @@ ROWS = (
     Row("distilled-clean", "distilled, clean images", "student", {"student.inputs": "clean"}),
     Row("distilled-noise", "distilled, noise", "student", {"student.inputs": "noise"}),
     Row("distilled-strong", "distilled, strong noise", "student", _STRONG),
+    Row("distilled-stronger", "distilled, stronger noise", "student", _STRONGER),
     Row(
         "distilled-adversarial", "distilled, adversarial images (trained for, not inherited)",
         "student", {"student.inputs": "adversarial", "student.cached_views": 0},
@@ -219,7 +218,9 @@ class Plan:
         recipe = inherit(base, {**row.keys, "seed": seed}, f"{self.recipe.name}, row {row.name}")
         taught = recipe
         if self.recipe.ablate.vary == "student":
-            taught = recipe.model_copy(update={"seed": self.recipe.seed})
+            first = self.recipe.ablate.teacher_seed
+            first = self.recipe.seed if first is None else first
+            taught = recipe.model_copy(update={"seed": first})
         keys = {key: value for key, value in row.keys.items() if _value(base, key) != value}
         above = {key: value for key, value in keys.items() if not key.startswith("student.")}
         rule = "" if recipe.model != EP_CNN else f"-{recipe.teacher.rule}"

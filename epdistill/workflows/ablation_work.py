@@ -49,6 +49,11 @@ class Workplace:
         """Where tables and pictures go."""
         return self.folder / self.split
 
+    @property
+    def crafted(self) -> Path:
+        """Where the images lie that were made on senders."""
+        return self.output / "crafted"
+
     def path(self, cell: Cell) -> Path:
         """A cell's run; also one that was made under another row's name."""
         if cell.fingerprint in self.adopted:
@@ -87,14 +92,18 @@ class Workplace:
         run = open_run(self.path(cell))
         if cell.teacher is not None and not (folder / FIDELITY).is_file():
             write_json(folder / FIDELITY, self._fidelity(run, cell))
-        models = dict.fromkeys((run.path, self.path(entry.sender)))
+        sender = self.path(entry.sender)
+        models = dict.fromkeys((run.path, sender))
         base = self.plan.recipe
         how = base.evaluate.model_copy(update={"linf": base.ablate.linf, "l2": base.ablate.l2})
         asked = Asked(
             suite=base.ablate.suite, limit=base.ablate.limit, seed=base.seed, split=self.split
         )
         resume = begun(folder)
-        evaluate(list(models), self.context, asked=asked, recipe=how, out=folder, resume=resume)
+        evaluate(
+            list(models), self.context, asked=asked, recipe=how, out=folder, resume=resume,
+            lent=(sender, self.crafted),
+        )  # fmt: skip
 
     def _fidelity(self, run: Run, cell: Cell) -> dict[str, Any]:
         """As a run tells it of the test images, on the images of this ablation."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from epdistill.workflows.survival import resume_command, told
 
 if TYPE_CHECKING:
     from epdistill.robustness.corruptions.cifar10c import Cifar10C
+    from epdistill.robustness.crafted import Crafted
     from epdistill.robustness.subjects import Subject
     from epdistill.robustness.suites import QuickSuite
 
@@ -80,6 +81,7 @@ def evaluate(
     recipe: EvaluateRecipe | None = None,
     out: Path | None = None,
     resume: bool = False,
+    lent: tuple[Path, Path] | None = None,
 ) -> Evaluated:
     """Run a suite on several models over the same test images.
 
@@ -90,6 +92,8 @@ def evaluate(
         recipe: How hard; that of the first run without it.
         out: Folder for the results; numbered automatically without it.
         resume: Go on with the interrupted evaluation in `out`, or with the newest one.
+        lent: One of the models, and a folder where the images made on it lie or are to be
+            kept: evaluations with the same settings make them once.
 
     Raises:
         RunError: Models or data that do not fit together.
@@ -157,6 +161,7 @@ def evaluate(
                 diagnose=bool(asked.diagnose),
                 official=official,
                 team=context.team,
+                crafted=None if lent is None else _crafted(lent, header, paths, subjects),
             )
         except EpdistillError as error:
             # After those two a resumed evaluation does better; after others it fails alike.
@@ -213,6 +218,20 @@ def _header(
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def _crafted(
+    lent: tuple[Path, Path],
+    header: Mapping[str, Any],
+    paths: Sequence[Path],
+    subjects: Sequence[Subject],
+) -> Crafted:
+    """The images of one model: good for every evaluation that differs in other models alone."""
+    from epdistill.robustness.crafted import Crafted
+
+    model, folder = lent
+    facts = {key: value for key, value in header.items() if key not in ("models", "weights")}
+    return Crafted(folder, {subjects[paths.index(model)].identity}, facts)
 
 
 def _official(path: Path | None) -> Cifar10C | None:

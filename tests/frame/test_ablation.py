@@ -184,6 +184,13 @@ def test_one_teacher_for_all_seeds(base: Recipe):
     students = [cell for cell in cells if cell.teacher is not None]
     assert sorted(cell.recipe.seed for cell in students) == [0, 0, 1, 1, 2, 2]
     assert len({cell.fingerprint for cell in students}) == 6
+    # Further seeds of students elsewhere: the same cells as if they had been made in one go.
+    later = Recipe.model_validate({**own.model_dump(), "seed": 1})
+    later = later.model_copy(update={"ablate": own.ablate.model_copy(update={"teacher_seed": 0})})
+    more = {cell.fingerprint for cell in plan_for(later, ["ce", "distilled"], 2).cells()}
+    assert more < {cell.fingerprint for cell in cells} and len(more) == 5
+    with pytest.raises(ValueError, match='expected vary = "student"'):
+        AblateRecipe(teacher_seed=0)
     # With the seeds of both moved, every seed has a teacher of its own.
     assert sum(cell.teacher is None for cell in plan_for(base, ["ce"], 3).cells()) == 3
 
@@ -247,6 +254,7 @@ def test_the_table_says_what_the_evaluations_say(straight: Ablated, base: Recipe
     content = straight.content
     assert content == read_sealed(straight.folder / "ablation.json")
     assert content["complete"] and not content["failed"]
+    assert not (straight.folder / "crafted").exists()
     rows = {row["row"]: row for row in content["rows"]}
     assert list(rows) == list(ROWS)
     assert [len(row["seeds"]) for row in rows.values()] == [1, 2]
@@ -338,6 +346,7 @@ def test_stopped_anywhere_it_ends_the_same(
         patched.setattr(Journal, "put", stopping(Journal.put, 4))
         ablate(None, context, resume=True)
     assert list(out.glob("validation/models/*/journal.jsonl"))
+    assert list(out.glob("validation/crafted/*.safetensors"))
     # Another row's name for a training does not make it another training.
     (sender,) = out.glob("cells/distilled-seed0-*")
     done = ablate(None, context, resume=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from epdistill.errors import EvaluationError
 from epdistill.robustness.attacks import PGDSettings, SquareSettings
+from epdistill.robustness.crafted import Crafted
 from epdistill.robustness.harness import evaluate
 from epdistill.robustness.journal import (
     NAME,
@@ -91,17 +92,21 @@ def run() -> Callable[..., tuple[Evaluation, int]]:
     images = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8, generator=generator)
     clean = linear(1)(images.float() / 255).argmax(dim=1)
 
-    def work(journal: Journal | None = None) -> tuple[Evaluation, int]:
+    def work(
+        journal: Journal | None = None, crafted: Crafted | None = None
+    ) -> tuple[Evaluation, int]:
         calls: list[int] = []
         net = linear(1)
         settles = Horizons(linear, lambda sweeps: linear(sweeps + 5), lambda x: (x, x))
         teacher = Subject(
-            "teacher", "teacher", asked(net, calls), {"implicit": net}, horizons=settles
-        )
+            "teacher", "teacher", asked(net, calls), {"implicit": net}, horizons=settles,
+            identity="its weights",
+        )  # fmt: skip
         noisy = module_subject("noisy", "control", Noisy(linear(2)), stochastic=True)
         found = evaluate(
-            [teacher, noisy], images, clean, suite=SUITE, limit=13, batch_size=5, journal=journal
-        )
+            [teacher, noisy], images, clean, suite=SUITE, limit=13, batch_size=5, journal=journal,
+            crafted=crafted,
+        )  # fmt: skip
         return found, len(calls)
 
     return work
@@ -217,3 +222,28 @@ def test_packing_loses_nothing(n: int):
     values = torch.randn(n, dtype=torch.float64, generator=generator)
     assert torch.equal(unpack_bits(pack_bits(flags), n), flags)
     assert torch.equal(unpack_floats(pack_floats(values)), values)
+
+
+def test_images_that_are_kept_are_not_made_again(run, straight, tmp_path: Path):
+    def kept(**facts: int) -> Crafted:
+        return Crafted(tmp_path / "kept", {"its weights"}, facts)
+
+    found, calls, _ = straight
+    once, again = run(crafted=kept(seed=1)), run(crafted=kept(seed=1))
+    # The black box asks the model that is judged; the images of others are tried all the same.
+    assert same(once[0], found) and same(again[0], found)
+    assert once[1] == calls > again[1]
+    files = sorted((tmp_path / "kept").iterdir())
+    whole = [file.read_bytes() for file in files]
+    # Other settings have files of their own, and another model leaves none.
+    assert same(run(crafted=kept(seed=2))[0], found)
+    assert len(list((tmp_path / "kept").iterdir())) == 2 * len(files)
+    assert same(run(crafted=Crafted(tmp_path / "none", {"other weights"}))[0], found)
+    assert not (tmp_path / "none").exists()
+    # What is damaged or cut short is made again.
+    for file, content in zip(files, whole, strict=True):
+        file.write_bytes(content[:-1])
+    files[0].write_bytes(b"")
+    mended = run(crafted=kept(seed=1))
+    assert same(mended[0], found) and mended[1] == calls
+    assert [file.read_bytes() for file in files] == whole
