@@ -13,6 +13,7 @@ from epdistill.teachers.figures import published_name
 TITLES = {
     "ep-cnn": "EP-CNN", "bp-cnn": "BP-CNN", "adv-cnn": "Adv-CNN", "vit": "ViT", "wca": "WCA-Net"
 }  # fmt: skip
+DISTILLED = "distilled"
 _RULES = {"ep": "", "bptt": " by BPTT", "implicit": " by the implicit gradient"}
 _INPUTS = {"clean": "", "mix": ", half with noise", "noise": ", noise", "corruption": ", corrupted"}
 
@@ -49,7 +50,7 @@ def title_of(run: Mapping[str, Any]) -> str:
     if own.get("loss", "distill") == "ce":
         words += ", labels" if not own.get("label_smoothing") else ", smoothed labels"
     else:
-        words += ", logits alone" if own.get("match") == "logits" else ", distilled"
+        words += ", logits alone" if own.get("match") == "logits" else f", {DISTILLED}"
         words += " with labels" if own.get("label_weight") else ""
         if _teacher(recipe) != TITLES[EP_CNN]:
             words += f" from {_teacher(recipe)}"

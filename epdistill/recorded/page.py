@@ -20,6 +20,7 @@ from epdistill.recorded.tables import (
     ablation_tables,
     fidelity_table,
     model_table,
+    pooled_tables,
     protocol_table,
     radius_table,
     speed_table,
@@ -86,10 +87,17 @@ def _sections(records: Sequence[Record], named: Mapping[str, str]) -> list[str]:
         names = {run.name for kin in members for run in kin.runs}
         lines += ["", f"## {_NAMES.get(data, data)}, recipe `{recipe}`", ""]
         lines += [_setting(members), *model_table(members, data)]
-        for record in of_kind(records, ABLATION):
-            base = record.content["recipe"]
-            if (base["data"]["name"], base["name"]) == (data, recipe):
-                lines += _ablation(record)
+        ablations = [
+            record
+            for record in of_kind(records, ABLATION)
+            if (record.content["recipe"]["data"]["name"], record.content["recipe"]["name"])
+            == (data, recipe)
+        ]
+        for split in dict.fromkeys(record.content["split"] for record in ablations):
+            some = [record for record in ablations if record.content["split"] == split]
+            lines += _together(some, split) if len(some) > 1 else []
+        for record in ablations:
+            lines += _ablation(record)
         for record in of_kind(records, EVALUATION):
             if names & {model["name"].partition("/")[0] for model in record.content["models"]}:
                 used.add(record.file)
@@ -122,6 +130,17 @@ def _setting(members: Sequence[Kin]) -> str:
         f"{data['validation_images']:,} for validation, {data['test_images']:,} for testing. "
         f"Trained on {'; '.join(sorted(machines))}."
     )
+
+
+def _together(ablations: Sequence[Record], split: str) -> list[str]:
+    return [
+        "",
+        f"### All ablations together, {split} images",
+        "",
+        "The ablations below drew their images apart; a row is the mean over all its seeds, and n "
+        "counts different images. Rows are named by what they are.",
+        *pooled_tables(ablations),
+    ]
 
 
 def _ablation(record: Record) -> list[str]:

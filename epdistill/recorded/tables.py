@@ -7,7 +7,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from epdistill.recorded import published
-from epdistill.recorded.models import Kin, published_key
+from epdistill.recorded.models import DISTILLED, Kin, published_key
+from epdistill.recorded.pooled import pooled_gaps, pooled_rows
 from epdistill.recorded.store import Record
 from epdistill.robustness.guards import L2, LINF
 from epdistill.robustness.intervals import wilson
@@ -131,6 +132,40 @@ def _differences(content: Mapping[str, Any]) -> list[str]:
         for (row, reference), gaps in found.items()
     ]
     return table(["", "seeds", *threats], body)
+
+
+def pooled_tables(records: Sequence[Record]) -> list[str]:
+    """All ablations of one recipe and split together, and distilled students beside the others."""
+    rows = pooled_rows(records)
+    lines: list[str] = []
+    for norm in (L2, LINF):
+        chosen = {
+            title: [case for case in cases if case["norm"] in ("clean", norm)]
+            for title, cases in rows.items()
+        }
+        head = ["model", "seeds", "n", *map(threat, next(iter(chosen.values())))]
+        body = [
+            [title, ", ".join(map(str, cases[0]["seeds"])), str(cases[0]["n"])]
+            + [with_interval(case) for case in cases]
+            for title, cases in chosen.items()
+        ]
+        lines += table(head, body)
+    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for gap in pooled_gaps(records):
+        if gap["norm"] in ("clean", L2) and DISTILLED in gap["row"]:
+            found.setdefault((gap["row"], gap["reference"]), {})[threat(gap)] = gap
+    if not found:
+        return lines
+    lines += ["Points more than another, over the seeds that both have (95 % interval):"]
+    threats = list(dict.fromkeys(name for gaps in found.values() for name in gaps))
+    return lines + table(
+        ["", "seeds", *threats],
+        [
+            [f"{row} - {reference}", ", ".join(map(str, next(iter(gaps.values()))["seeds"]))]
+            + [_gap(gaps[name]) if name in gaps else NOTHING for name in threats]
+            for (row, reference), gaps in found.items()
+        ],
+    )
 
 
 def _gap(gap: Mapping[str, Any]) -> str:
