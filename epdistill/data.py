@@ -326,6 +326,17 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(255)
 
 
+def channels_inside(images: Tensor) -> Tensor:
+    """The same images (N, C, H, W) with their channels innermost in memory, if on a processor.
+
+    It convolves a batch faster so, 1.2 to 2 times per training step on x86. On other devices the
+    images are left as they are.
+    """
+    if images.device.type != "cpu":
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def batches(
     split: Split, batch_size: int, *, generator: torch.Generator | None, drop_last: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:

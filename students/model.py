@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from epdistill.data import channels_inside
 from epdistill.errors import RecipeError, RunError
 from epdistill.students.backbones import Request, build, bundled, cannot_take
 from epdistill.students.registry import hint
@@ -138,14 +139,11 @@ class Student(nn.Module):
             self.readout_bias.copy_(bias)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """The backbone's stages.
-
-        Processors convolve a batch faster with the channels innermost. A user's backbone may
-        use `view`, which refuses that order.
-        """
+        """The backbone's stages."""
         normal = (images - self.mean) / self.std
-        if self._reorders and len(normal) > 1 and normal.device.type == "cpu":
-            normal = normal.contiguous(memory_format=torch.channels_last)
+        # One image gains nothing by it. A user's backbone may use `view`, which refuses the order.
+        if self._reorders and len(normal) > 1:
+            normal = channels_inside(normal)
         maps: list[Tensor] = self.backbone(normal)
         return maps
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
-from epdistill.data import Split, to_float
+from epdistill.data import Split, channels_inside, to_float
 from epdistill.distributed import ALONE, Team
 from epdistill.recipes import AdversarialRecipe, ConvRecipe, Recipe
 from epdistill.robustness.attacks import PGDSettings, pgd_l2, pgd_linf
@@ -66,7 +66,7 @@ def measure(
     model.eval()
 
     def count(start: int) -> tuple[int, int]:
-        images = to_float(split.images[start : start + batch_size].to(device))
+        images = channels_inside(to_float(split.images[start : start + batch_size].to(device)))
         labels = split.labels[start : start + batch_size].to(device)
         right, expected = int((model(images).argmax(1) == labels).sum()), 0
         if model.stochastic:
@@ -119,7 +119,7 @@ class BaselineTask:
         # Two processes must not draw the same noise for different images.
         own = seed if self.team.first else seed_of(seed, self.team.rank)
         with seeded(own, self.model.mean.device):
-            logits = self.model(self.place(batch, seed))
+            logits = self.model(channels_inside(self.place(batch, seed)))
         loss = self.loss(logits, batch.labels)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -177,7 +177,7 @@ class AdversarialTask(ConvTask):
         own = self.own
         attack = pgd_l2 if own.norm == "l2" else pgd_linf
         settings = PGDSettings(own.steps, random_start=False)
-        images, labels = batch.images, batch.labels
+        images, labels = channels_inside(batch.images), batch.labels
         return attack(self.model, images, labels, own.eps, seed=seed, settings=settings)
 
 

@@ -18,6 +18,7 @@ from epdistill.data import (
     DataSet,
     Split,
     batches,
+    channels_inside,
     describe,
     fingerprint,
     load,
@@ -213,6 +214,15 @@ def test_to_float_maps_the_range_onto_0_to_1():
     assert torch.equal(values.flatten(), torch.arange(256, dtype=torch.float32) / 255)
     with pytest.raises(DataError, match=r"expected torch\.uint8"):
         to_float(values)
+
+
+def test_channels_inside_changes_the_order_in_memory_alone():
+    images = torch.rand(2, 3, 4, 5)
+    found = channels_inside(images)
+    assert torch.equal(found, images)
+    assert found.stride() == (60, 1, 15, 3)
+    elsewhere = images.to("meta")
+    assert channels_inside(elsewhere) is elsewhere
 
 
 def test_a_split_checks_what_it_is_given():

@@ -170,3 +170,37 @@ def test_the_documented_own_backbone(goal: GoalOf, monkeypatch: pytest.MonkeyPat
     landed, logits = student.match(torch.rand(2, 1, 8, 8))
     assert tuple(tuple(m.shape[1:]) for m in landed) == goal(8).shapes
     assert logits.shape == (2, 5)
+
+
+class Viewing(nn.Module):
+    """Uses `view` on a map, as only images in the usual order allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(64, 4)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        below = self.below(images)
+        return [below, self.above(below.view(len(images), -1)).view(-1, 4, 1, 1)]
+
+
+def test_bundled_backbones_get_the_channels_innermost_and_a_users_own_does_not(
+    goal: GoalOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_BUILDERS", registered())
+    backbones.register("viewing")(lambda request: Viewing())
+    seen: dict[str, bool] = {}
+    images = torch.rand(3, 3, 8, 8)
+    for name in ("viewing", "cnn", "torchvision:squeezenet1_1"):
+        student = Student(StudentSpec(name, WIDTHS.get(name), goal(8, 3))).eval()
+
+        def look(_: nn.Module, args: tuple[torch.Tensor], name: str = name) -> None:
+            seen[name] = args[0].is_contiguous(memory_format=torch.channels_last)
+
+        student.backbone.register_forward_pre_hook(look)
+        with torch.no_grad():
+            answers = student(images)
+            alone = torch.cat([student(image[None]) for image in images])
+        torch.testing.assert_close(answers, alone, rtol=1e-4, atol=1e-5)
+        student(images)
+        assert seen[name] == (name != "viewing")
