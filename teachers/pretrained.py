@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load
@@ -15,6 +16,17 @@ from epdistill.teachers.model import EPCNN
 from epdistill.teachers.schedule import Schedule
 
 FOLDER = "shipped"
+
+
+def named(run: Path) -> Path:
+    """The run that a user means: `shipped` is the one that comes with the package.
+
+    Args:
+        run: As typed; a folder of that name in the current folder comes first.
+    """
+    if run == Path(FOLDER) and not run.exists():
+        return Path(__file__).parent / FOLDER
+    return run
 
 
 def shipped_teacher() -> tuple[EPCNN, dict[str, Any]]:

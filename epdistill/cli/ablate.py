@@ -51,7 +51,8 @@ def ablate(
     teacher: Annotated[
         list[Path] | None,
         typer.Option(
-            "--teacher", help="A finished teacher of the same recipe to use; may be repeated."
+            "--teacher",
+            help="A finished teacher of the same recipe, or `shipped`; may be repeated.",
         ),
     ] = None,
     plan: Annotated[

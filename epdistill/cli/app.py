@@ -190,7 +190,7 @@ def distill(
         ),
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option("--teacher", help="The teacher's run; the newest without it.")
+        Path | None, typer.Option("--teacher", help="Its run, or `shipped`; the newest without it.")
     ] = None,
     width: Annotated[
         int | None, typer.Option("--width", min=1, help="Channels of the first stage.")

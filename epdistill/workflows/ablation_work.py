@@ -13,6 +13,7 @@ from epdistill.recipes.loading import validate
 from epdistill.robustness.journal import begun
 from epdistill.robustness.results import JSON_NAME as RESULTS
 from epdistill.runs import CONFIG, Run, open_run, write_json
+from epdistill.teachers.pretrained import named
 from epdistill.workflows.ablation_plan import Cell, Entry, Plan, teacher_facts, with_teachers
 from epdistill.workflows.context import Context, require_finished
 from epdistill.workflows.evaluation import TEST, evaluate
@@ -169,6 +170,10 @@ def parts_of(place: Workplace) -> list[Part]:
 def adopt(paths: Sequence[Path], plan: Plan) -> dict[str, Path]:
     """Finished teachers from elsewhere, by the fingerprint of the cell they stand for.
 
+    Args:
+        paths: Their runs, or `shipped`.
+        plan: What is compared.
+
     Raises:
         RunError: Not the folder of a finished teacher.
         RecipeError: No cell of the plan has its recipe.
@@ -176,7 +181,7 @@ def adopt(paths: Sequence[Path], plan: Plan) -> dict[str, Path]:
     teachers = [cell for cell in plan.cells() if cell.teacher is None]
     adopted = {}
     for path in paths:
-        run = require_finished(open_run(path, "teacher"))
+        run = require_finished(open_run(named(path), "teacher"))
         own = Cell(run.name, validate(run.config["recipe"], str(run.path)))
         if own.fingerprint not in {cell.fingerprint for cell in teachers}:
             differences = [_differences(own, cell) for cell in teachers]

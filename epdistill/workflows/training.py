@@ -123,7 +123,7 @@ def distill(
     Args:
         recipe: What to train; without it the teacher's own recipe, with `resume` the run's.
         context: Folders, device, reporter.
-        teacher: The teacher's run; the newest one without it.
+        teacher: The teacher's run, or `shipped`; the newest one without it.
         out: The run's folder; numbered automatically without it.
         resume: Continue `out`, or the newest unfinished student.
         overrides: Changes to the recipe, as `{"student.epochs": 3}`; another student than its
@@ -132,6 +132,7 @@ def distill(
     from epdistill.students.distill import DistillTask, build_student, cache_for, check
     from epdistill.students.fidelity import fidelities
     from epdistill.teachers.figures import flops, parameters
+    from epdistill.teachers.pretrained import named
 
     if resume:
         run = unfinished_run(context, out, "student")
@@ -142,7 +143,9 @@ def distill(
         folder, config = run.path, run.config
         context.reporter.line(f"continuing {folder}")
     else:
-        source = open_run(teacher, "teacher") if teacher else newest_run(context.runs, "teacher")
+        source = (
+            open_run(named(teacher), "teacher") if teacher else newest_run(context.runs, "teacher")
+        )
         folder, config = None, {}
         if out is None:
             offer_run(context, "student")

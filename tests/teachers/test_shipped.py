@@ -41,3 +41,21 @@ def test_a_damaged_copy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained.hashlib, "sha256", lambda _: Digest())
     with pytest.raises(RunError, match="install epdistill again"):
         pretrained.shipped_teacher()
+
+
+def test_its_name_means_it_unless_there_is_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from epdistill.recipes import load_recipe
+    from epdistill.workflows.ablation_plan import plan_for
+    from epdistill.workflows.ablation_work import adopt
+
+    monkeypatch.chdir(tmp_path)
+    folder = Path(pretrained.__file__).parent / pretrained.FOLDER
+    assert pretrained.named(Path("shipped")) == folder
+    assert pretrained.named(Path("other")) == Path("other")
+    # It stands for the teacher that cifar10-small teaches.
+    plan = plan_for(load_recipe("cifar10-small", environment={}), ["ce"], 1)
+    assert list(adopt([Path("shipped")], plan).values()) == [folder.absolute()]
+    (tmp_path / "shipped").mkdir()
+    assert pretrained.named(Path("shipped")) == Path("shipped")
