@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from epdistill.errors import DiskError
 from epdistill.runs import atomic_write
 
 _DIGEST = hashlib.sha256().digest_size
@@ -49,9 +51,6 @@ class Crafted:
             identity: The model's.
             key: JSON-ready, tells units of a model apart.
             make: Makes them: (n,C,H,W) float32 on the CPU, and how many images were shown.
-
-        Raises:
-            DiskError: They cannot be kept.
         """
         if identity not in self.models:
             return make()
@@ -62,8 +61,10 @@ class Crafted:
             found = make()
             images, shown = found
             data = save_safetensors({"images": images.contiguous(), "shown": torch.tensor(shown)})
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, hashlib.sha256(data).digest() + data)
+            # Whoever is done may take the folder away meanwhile; what is not kept is made again.
+            with suppress(DiskError, OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                atomic_write(path, hashlib.sha256(data).digest() + data)
         return found
 
 

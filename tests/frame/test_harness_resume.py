@@ -247,3 +247,6 @@ def test_images_that_are_kept_are_not_made_again(run, straight, tmp_path: Path):
     mended = run(crafted=kept(seed=1))
     assert same(mended[0], found) and mended[1] == calls
     assert [file.read_bytes() for file in files] == whole
+    # Where nothing can be kept, everything is found out all the same.
+    (tmp_path / "file").write_text("")
+    assert same(run(crafted=Crafted(tmp_path / "file" / "kept", {"its weights"}))[0], found)
