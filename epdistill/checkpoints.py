@@ -26,6 +26,7 @@ from epdistill.runs import METRICS, atomic_write, read_metrics
 
 STATE = "state.safetensors"
 PREVIOUS = "state.previous.safetensors"
+SECONDS = "seconds"  # in the loop, over all processes that worked on it
 _DIGEST = hashlib.sha256().digest_size
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -26,7 +26,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from epdistill.augment import Augmentation
-from epdistill.checkpoints import Checkpoint, pick_up, save_checkpoint
+from epdistill.checkpoints import SECONDS, Checkpoint, pick_up, save_checkpoint
 from epdistill.console import SILENT, Reporter
 from epdistill.data import Split, to_float
 from epdistill.distributed import ALONE, Shard, Team
@@ -169,13 +169,15 @@ def fit(
     shard = team.shard(size)
     per_epoch = len(split) // size
     total = per_epoch * epochs
-    step, sums, row = 0, {}, {}
+    step, sums, row, before = 0, {}, {}, 0.0
+    began = time.monotonic()
     found = share_checkpoint(team, task, pick_up(folder) if team.first else None)
     if found is not None:
         for note in found.notes:
             reporter.line(note)
         task.restore(found.state)
         step, sums, row = (found.facts[key] for key in ("step", "sums", "row"))
+        before = found.facts.get(SECONDS, 0.0)  # older checkpoints do not tell
         reporter.line(f"continuing at step {step} of {total}")
 
     def rows(done: int) -> Iterator[Tensor]:
@@ -184,6 +186,10 @@ def fit(
             order = torch.randperm(len(split), generator=generator_of(seed, epoch))
             for k in range(max(done - epoch * per_epoch, 0), per_epoch):
                 yield order[k * size : (k + 1) * size][shard.rows]
+
+    def facts() -> dict[str, Any]:
+        spent = before + time.monotonic() - began
+        return {"step": step, "sums": sums, "row": row, SECONDS: spent}
 
     saved = time.monotonic()
     with (
@@ -214,7 +220,7 @@ def fit(
                 if team.first:
                     tell.moment(step, total, means)
                 if team.first and due and k + 1 < per_epoch:
-                    save_checkpoint(folder, task.state(), {"step": step, "sums": sums, "row": row})
+                    save_checkpoint(folder, task.state(), facts())
                     saved = time.monotonic()
             train = {f"train.{name}": value / per_epoch for name, value in sums.items()}
             validation = {f"validation.{n}": value for n, value in task.validate().items()}
@@ -222,7 +228,7 @@ def fit(
             sums = {}
             if team.first:
                 tell.epoch(row)
-                save_checkpoint(folder, task.state(), {"step": step, "sums": sums, "row": row})
+                save_checkpoint(folder, task.state(), facts())
             saved = time.monotonic()
             news = {**train, "validation": row["validation.accuracy"]}
             reporter.line(f"[dim]{title}: epoch {epoch + 1}/{epochs}  {_show(news)}")

@@ -66,7 +66,7 @@ def model_table(kins: Sequence[Kin], data: str) -> list[str]:
         )
     head = [
         "model", "seeds", "test accuracy, %", "published, full size", "teacher's label, %",
-        "parameters", "MFLOPs", "int8: points lost", "minutes (last process)",
+        "parameters", "MFLOPs", "int8: points lost", "minutes",
     ]  # fmt: skip
     return _measured(head, rows)
 

@@ -123,7 +123,7 @@ def _training(run: Run) -> list[str]:
         f"{len(data['classes'])} classes |",
         f"| epochs | {section['epochs']} |",
         f"| seed | {recipe['seed']} |",
-        f"| seconds of training (last process) | {results['seconds']:.0f} |",
+        f"| seconds of training | {results['seconds']:.0f} |",
         f"| hardware | {environment.get('cpu', 'unknown')}, torch {environment['torch']} |",
         f"| epdistill | {environment['epdistill']} |",
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from epdistill.augment import Augmentation
-from epdistill.checkpoints import forget_checkpoints
+from epdistill.checkpoints import SECONDS, forget_checkpoints, load_checkpoint
 from epdistill.data import DataSet, describe, to_float
 from epdistill.distributed import synchronised
 from epdistill.errors import DiskError, RecipeError, RunError
@@ -313,7 +313,7 @@ def _train(
     epochs: int,
     batch_size: int,
 ) -> float:
-    """Run the loop; returns the seconds that this process spent in it."""
+    """Run the loop; returns the seconds spent in it, before interruptions too."""
     start = time.monotonic()
     source = recipe.data
     with training_in(folder, config["kind"]):
@@ -331,7 +331,8 @@ def _train(
             team=context.team,
             track=context.track,
         )
-    return time.monotonic() - start
+    last = load_checkpoint(folder) if context.team.first else None
+    return time.monotonic() - start if last is None else float(last.facts[SECONDS])
 
 
 def _finish(

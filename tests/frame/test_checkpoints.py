@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from epdistill import training
 from epdistill.augment import Augmentation
 from epdistill.checkpoints import (
     PREVIOUS,
+    SECONDS,
     STATE,
     last_step,
     load_checkpoint,
@@ -91,6 +94,25 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, bytes]:
 def stopped(folder: Path, step: int) -> None:
     with pytest.raises(KilledError):
         train(Walk(step), folder)
+
+
+def test_time_before_an_interruption_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Walk):
+        def step(self, batch: Batch) -> dict[str, float]:
+            values = super().step(batch)
+            clock[0] += 1.0
+            return values
+
+    clock = [5.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with pytest.raises(KilledError):
+        train(Slow(3), tmp_path)
+    assert read_checkpoint(tmp_path / STATE).facts[SECONDS] == 3
+    clock[0] += 1000.0  # nobody trains
+    train(Slow(), tmp_path)
+    assert read_checkpoint(tmp_path / STATE).facts[SECONDS] == STEPS * EPOCHS
 
 
 def flip(path: Path, position: int = -1) -> None:
