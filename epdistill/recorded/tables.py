@@ -118,10 +118,10 @@ def ablation_tables(content: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(content: Mapping[str, Any]) -> list[str]:
-    """Every row against every reference: clean, and at all L2 radii."""
+    """Every row against every reference, each pair once: clean, and at all L2 radii."""
     found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for gap in content["differences"]:
-        if gap["norm"] in ("clean", L2):
+        if gap["norm"] in ("clean", L2) and (gap["reference"], gap["row"]) not in found:
             found.setdefault((gap["row"], gap["reference"]), {})[threat(gap)] = gap
     if not found:
         return []
