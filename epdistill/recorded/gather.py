@@ -149,12 +149,11 @@ def _evaluation(folder: Path) -> Record:
 
 
 def _ablation(content: Mapping[str, Any]) -> Record:
+    from epdistill.workflows.commands import ablation_command
+
     recipe, split = content["recipe"], content["split"]
-    rows = ",".join(row["row"] for row in content["rows"])
-    words = ["epdistill", "ablate", "--recipe", recipe["name"], "--rows", rows]
-    words += ["--split", split] if split == "test" else []
     name = f"{recipe['data']['name']}-{recipe['name']}-{split}-from-seed-{recipe['seed']}"
-    return Record(ABLATION, name, shlex.join(words), None, content)
+    return Record(ABLATION, name, ablation_command(content), None, content)
 
 
 def _bench(content: Mapping[str, Any]) -> Record:

@@ -17,7 +17,7 @@ import base64
 import fcntl
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from epdistill.disk import append, sync_folder, writing
 from epdistill.errors import EvaluationError
+from epdistill.nested import leaves
 
 NAME = "journal.jsonl"
 FORMAT_VERSION = 1
@@ -278,18 +279,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Which settings differ, in words."""
-    was, now = dict(_leaves(old)), dict(_leaves(new))
+    was, now = dict(leaves(old)), dict(leaves(new))
     return [
         f"{key} = {json.dumps(was.get(key))}, not {json.dumps(now.get(key))}"
         for key in dict.fromkeys((*was, *now))
         if was.get(key) != now.get(key)
     ]
-
-
-def _leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """What is not a mapping itself, with its dotted path."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{key}.")
-        else:
-            yield above + key, value

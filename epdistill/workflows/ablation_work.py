@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from epdistill.errors import RecipeError
+from epdistill.nested import leaves
 from epdistill.recipes.loading import validate
 from epdistill.robustness.journal import begun
 from epdistill.robustness.results import JSON_NAME as RESULTS
@@ -196,19 +197,9 @@ def adopt(paths: Sequence[Path], plan: Plan) -> dict[str, Path]:
 
 def _differences(run: Cell, cell: Cell) -> list[str]:
     """In which keys a run differs from a cell, in words."""
-    was, now = (dict(_leaves(teacher_facts(one.recipe))) for one in (run, cell))
+    was, now = (dict(leaves(teacher_facts(one.recipe))) for one in (run, cell))
     return [
         f"{key} = {was.get(key)!r}, not {now.get(key)!r}"
         for key in dict.fromkeys((*now, *was))
         if was.get(key) != now.get(key)
     ]
-
-
-def _leaves(content: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            found += _leaves(value, f"{above}{key}.")
-        else:
-            found.append((above + key, value))
-    return found

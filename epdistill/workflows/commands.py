@@ -6,14 +6,18 @@ otherwise the recipe is taken from the run's own folder (`--recipe RUN`).
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from epdistill._sources import TORCHVISION
 from epdistill.errors import EpdistillError
 from epdistill.loading import model_name
+from epdistill.nested import leaves
 from epdistill.recipes import BUNDLED, EP_CNN, load_recipe, section_of
+from epdistill.recipes.loading import PREFIX
 from epdistill.runs import Run, open_run
 
 # Recipe keys that have a flag, beside the epochs, which belong to a section.
@@ -131,6 +135,36 @@ def evaluation_command(results: Mapping[str, Any], models: Sequence[str]) -> str
     if settings["name"] != "full" and settings["temporal"]:
         words.append("--horizons")
     return shlex.join(words)
+
+
+def ablation_command(content: Mapping[str, Any]) -> str:
+    """What to type to ablate again, from the content of ablation.json.
+
+    What the recipe of that name did not say at the time stands in front, as variables.
+    """
+    recipe = content["recipe"]
+    name, rows = recipe["name"], [row["row"] for row in content["rows"]]
+    words = ["epdistill", "ablate", "--recipe", name, "--rows", ",".join(rows)]
+    said = {"ablate.rows"}
+    seeds = {len(row["seeds"]) for row in content["rows"]}
+    if len(seeds) == 1:
+        words += ["--seeds", str(seeds.pop())]
+        said |= {"ablate.deciding", "ablate.seeds", "ablate.other_seeds"}
+    words += ["--split", content["split"]] if content["split"] == "test" else []
+    variables = []
+    if name in BUNDLED:
+        base = dict(leaves(load_recipe(name, environment={}).model_dump(mode="json")))
+        for key, value in leaves(recipe):
+            # Keys that came after the record, and null, which no variable can say, are left out.
+            if key not in base or value == base[key] or value is None or key in said:
+                continue
+            if key == "seed":
+                words += ["--seed", str(value)]
+            else:
+                text = value if isinstance(value, str) else json.dumps(value)
+                variables.append(f"{PREFIX}{key.upper().replace('.', '__')}={shlex.quote(text)}")
+    words += ["--data-root", "DIR"] if recipe["data"]["name"] in TORCHVISION else []
+    return " ".join([*variables, shlex.join(words)])
 
 
 def export_command(run: str, precisions: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from epdistill.runs import CARD, Run, open_run
 from epdistill.sealed import KEY, read_sealed
 from epdistill.workflows.cards import card, refresh
 from epdistill.workflows.checking import INTACT, check
-from epdistill.workflows.commands import training_command
+from epdistill.workflows.commands import ablation_command, training_command
 from epdistill.workflows.context import Context
 from epdistill.workflows.evidence import evidence_of, newest_bench
 
@@ -257,6 +257,30 @@ def test_a_baselines_command(made: Path) -> None:
     command = training_command(Run(made / "digits-ep-cnn-001", config))
     assert command == "epdistill teach --recipe digits --model vit --epochs 2"
     assert recipe_after(command) == config["recipe"]
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 1)])
+def test_an_ablations_command_says_what_its_recipe_does_not(counts: tuple[int, int]) -> None:
+    changes = {
+        "ablate.teacher_seed": 0, "ablate.deciding": ["ce"], "ablate.limit": 7, "seed": 2,
+        "student.noise_std": 0.3, "data.flip": False, "student.inputs": "noise",
+    }  # fmt: skip
+    recipe = load_recipe("cifar10-small", changes, {}).model_dump(mode="json")
+    rows = [{"row": row, "seeds": [{}] * n} for row, n in zip(("ce", "kd"), counts, strict=True)]
+    command = ablation_command({"recipe": recipe, "split": "test", "rows": rows})
+    words = shlex.split(command)
+    start = words.index("epdistill")
+    flags = ["ablate", "--recipe", "cifar10-small", "--rows", "ce,kd"]
+    flags += ["--seeds", "1"] if counts == (1, 1) else []
+    flags += ["--split", "test", "--seed", "2", "--data-root", "DIR"]
+    assert words[start + 1 :] == flags
+    variables = dict(word.split("=", 1) for word in words[:start])
+    # Where every row has as many seeds, it is of no account which ones decide.
+    assert ("EPDISTILL__ABLATE__DECIDING" in variables) == (counts == (2, 1))
+    again = load_recipe("cifar10-small", {"seed": 2}, variables).model_dump(mode="json")
+    if counts == (1, 1):
+        again["ablate"]["deciding"] = ["ce"]
+    assert again == recipe
 
 
 def test_a_runs_folder_is_a_recipe(runs: Path) -> None:
