@@ -84,6 +84,7 @@ ROWS = (
         "distilled-unlabelled", "distilled, labels unseen", "student", {"student.label_weight": 0.0}
     ),
     Row("distilled-bptt", "distilled from the BPTT twin", "student", {"teacher.rule": "bptt"}),
+    Row("bptt-teacher", "the BPTT twin itself", "teacher", {"teacher.rule": "bptt"}),
     Row("distilled-adv", "distilled from the adv-cnn", "student", {"model": "adv-cnn"}),
     Row("adv-cnn", "adversarial training itself", "teacher", {"model": "adv-cnn"}),
 )  # fmt: skip
