@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from epdistill.recorded.models import title_of
 from epdistill.recorded.store import Record
@@ -48,24 +48,47 @@ def pooled_rows(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
         `norm`, `eps`, `accuracy`, `ci95` (Wilson's, of that share on the `n` images of all
         ablations, which are drawn apart), `n`, `seeds` (their numbers) and `std` (null for one).
     """
-    found: dict[str, dict[Ball, dict[int, tuple[float, int, int]]]] = {}
+    found: dict[str, dict[Ball, dict[tuple[int, int | None], _Shown]]] = {}
     for number, record in enumerate(records):
         for row in record.content["rows"]:
             cases = found.setdefault(row_title(record.content, row), {})
+            one = _only_teacher(record.content) if row["kind"] == "teacher" else None
             for seed in row["seeds"]:
+                # One teacher on the images of several ablations is one seed on more images.
+                key = (seed["seed"], None) if one is None else (one, number)
                 for case in seed["worst_case"]:
                     seeds = cases.setdefault((case["norm"], case["eps"]), {})
-                    seeds.setdefault(seed["seed"], (case["accuracy"], number, case["n"]))
+                    seeds.setdefault(key, _Shown(case["accuracy"], number, case["n"]))
     return {
         title: [_mean(norm, eps, seeds) for (norm, eps), seeds in cases.items()]
         for title, cases in found.items()
     }
 
 
-def _mean(norm: str, eps: float, seeds: Mapping[int, tuple[float, int, int]]) -> dict[str, Any]:
-    shares = [share for share, _, _ in seeds.values()]
+class _Shown(NamedTuple):
+    """Accuracy of one seed on the n images of an ablation, the `number`th."""
+
+    accuracy: float
+    number: int
+    n: int
+
+
+def _only_teacher(content: Mapping[str, Any]) -> int | None:
+    """The seed of the one teacher that all students of an ablation have, if they have."""
+    own = content["recipe"]["ablate"]
+    if own["vary"] != "student":
+        return None
+    first = own.get("teacher_seed")
+    return int(content["recipe"]["seed"] if first is None else first)
+
+
+def _mean(norm: str, eps: float, found: Mapping[tuple[int, int | None], _Shown]) -> dict[str, Any]:
+    by_seed: dict[int, list[float]] = {}
+    for (seed, _), shown in found.items():
+        by_seed.setdefault(seed, []).append(shown.accuracy)
+    shares = [fmean(some) for some in by_seed.values()]
     # Seeds of one ablation are shown the same images.
-    n = sum({number: n for _, number, n in seeds.values()}.values())
+    n = sum({shown.number: shown.n for shown in found.values()}.values())
     mean = fmean(shares)
     return {
         "norm": norm,
@@ -73,7 +96,7 @@ def _mean(norm: str, eps: float, seeds: Mapping[int, tuple[float, int, int]]) ->
         "accuracy": mean,
         "ci95": list(wilson(round(mean * n), n)),
         "n": n,
-        "seeds": sorted(seeds),
+        "seeds": sorted(by_seed),
         "std": stdev(shares) if len(shares) > 1 else None,
     }
 

@@ -44,6 +44,7 @@ def ablation(
         "data": {"name": "cifar10"},
         "teacher": {"rule": "ep"},
         "evaluate": {"steps": 20, "queries": 200},
+        "ablate": {"vary": "student", "teacher_seed": 0},
         "student": {
             "name": "cnn", "inputs": "mix", "noise_std": 0.1, "loss": "distill",
             "label_weight": weight,
@@ -113,6 +114,21 @@ def test_a_row_is_the_mean_over_all_its_seeds(two: list[Record]) -> None:
     assert pooled_rows(two[:1])[LABELS][0]["std"] is None
     # A seed counts once, with the ablation that is named first.
     assert pooled_rows([two[0], two[0]]) == pooled_rows(two[:1])
+
+
+def test_one_teacher_is_one_seed_on_more_images(two: list[Record]) -> None:
+    for record, share in zip(two, (0.2, 0.4), strict=True):
+        (row, *_) = record.content["rows"]
+        row.update(kind="teacher", keys={})
+        for seed in row["seeds"]:
+            seed["worst_case"] = [{**one, "accuracy": share} for one in seed["worst_case"]]
+    (clean, *_) = pooled_rows(two)["EP-CNN"]
+    assert (clean["seeds"], clean["n"], clean["std"]) == ([0], 300, None)
+    assert clean["accuracy"] == pytest.approx(0.3)
+    # Where every seed has a teacher of its own, they are several.
+    for record in two:
+        record.content["recipe"]["ablate"] = {"vary": "all"}
+    assert pooled_rows(two)["EP-CNN"][0]["seeds"] == [0, 1, 2]
 
 
 def test_differences_weigh_every_seed_alike(two: list[Record]) -> None:
