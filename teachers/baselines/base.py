@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class ImageSpec:
             )
 
 
-class Baseline(nn.Module):
+class Baseline(nn.Module, ABC):
     """A feedforward classifier whose logits are linear in its last stage.
 
     A subclass builds its layers, gives them in `stages`, and ends with `finish`.
@@ -78,9 +79,9 @@ class Baseline(nn.Module):
         )
         self.head = nn.Linear(states[-1].numel(), self.images.classes)
 
+    @abstractmethod
     def stages(self, x: Tensor) -> list[Tensor]:
         """Normalised images (N, C, H, W) -> the output of every stage, (N, c, h, w) each."""
-        raise NotImplementedError
 
     @property
     def in_channels(self) -> int:

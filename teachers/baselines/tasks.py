@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def measure(
     return Measured(right / len(split), expected / len(split) if model.stochastic else None)
 
 
-class BaselineTask:
+class BaselineTask(ABC):
     """Descending a loss on augmented images; the subclasses say which, where and how."""
 
     def __init__(
@@ -94,13 +95,13 @@ class BaselineTask:
             group["base"] = group["lr"]
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
 
+    @abstractmethod
     def make_optimiser(self) -> torch.optim.Optimizer:
         """The optimiser, at the full learning rate."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rate(self, batch: Batch) -> float:
         """The factor on the learning rate at this step."""
-        raise NotImplementedError
 
     def place(self, batch: Batch, seed: int) -> Tensor:
         """The images (N, C, H, W) in [0,1] that are learnt from; `seed` is this step's own."""

@@ -24,6 +24,7 @@ cross-entropy: it is one step of the same loop.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -173,7 +174,7 @@ def _climb(
     return craft
 
 
-class _KeepBest:
+class _KeepBest(ABC):
     """The loop that replaces torchattacks' own in PGD and PGDL2."""
 
     steps: int
@@ -213,14 +214,17 @@ class _KeepBest:
                     current = self.project(images, moved)
         return best
 
+    @abstractmethod
     def start(self, images: Tensor, restart: int) -> Tensor:
-        raise NotImplementedError
+        """A random perturbation within the ball, (N,C,H,W)."""
 
+    @abstractmethod
     def direction(self, gradient: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Steepest ascent in the norm, (N,C,H,W)."""
 
+    @abstractmethod
     def project(self, images: Tensor, moved: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Images inside the ball and [0,1], (N,C,H,W)."""
 
     def draw(self, images: Tensor, normal: bool, *use: str | int) -> Tensor:
         return draw(self.seed, self.numbers, images.shape[1:], normal, *use).to(images)
