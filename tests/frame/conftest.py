@@ -1,12 +1,44 @@
-"""What the tests of the attacks share: a small trained net and digits it gets right."""
+"""What tests share: a small trained net and digits it gets right; a recipe to ablate."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from epdistill.recipes import Recipe, load_recipe
+
+# The smallest recipe that an ablation can be made of.
+ABLATION = """
+[data]
+name = "digits"
+[teacher]
+channels = [4, 6]
+init_scale = 2.0
+batch_size = 256
+epochs = 1
+[baselines.adv_cnn]
+steps = 1
+batch_size = 256
+epochs = 1
+[student]
+name = "cnn"
+batch_size = 256
+epochs = 1
+[evaluate]
+steps = 1
+queries = 1
+[ablate]
+deciding = ["ce"]
+seeds = 2
+limit = 5
+linf = [0.02, 0.1]
+l2 = [0.3]
+"""
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +84,17 @@ def unseen(trained: nn.Module, all_digits: tuple[Tensor, Tensor]) -> tuple[Tenso
 def batch(unseen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The first 64 of them."""
     return unseen[0][:64], unseen[1][:64]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with it."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(ABLATION)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(tiny: Path) -> Recipe:
+    """The recipe itself."""
+    return load_recipe(str(tiny), environment={})
