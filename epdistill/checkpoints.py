@@ -9,7 +9,6 @@ is complete on the disk before the two are renamed, so there is always a whole o
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from torch import Tensor
 
 from epdistill.errors import RunError
 from epdistill.runs import METRICS, atomic_write, read_metrics
+from epdistill.sealed import with_digest, without_digest
 
 STATE = "state.safetensors"
 PREVIOUS = "state.previous.safetensors"
 SECONDS = "seconds"  # in the loop, over all processes that worked on it
-_DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,11 @@ class Checkpoint:
     state: dict[str, Tensor]
     facts: dict[str, Any]
     notes: tuple[str, ...] = ()
+
+
+def spent(found: Checkpoint) -> float:
+    """Seconds in the loop up to a checkpoint, over all processes; older ones do not tell: 0."""
+    return float(found.facts.get(SECONDS, 0.0))
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -63,7 +67,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], facts: Mapping[st
     told = json.dumps({"metrics": metrics, **facts})
     data = save_safetensors(tensors, metadata={"facts": told})
     # The digest goes in front: a torn or altered checkpoint must not be continued from.
-    atomic_write(folder / STATE, hashlib.sha256(data).digest() + data, keep=folder / PREVIOUS)
+    atomic_write(folder / STATE, with_digest(data), keep=folder / PREVIOUS)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -72,9 +76,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         RunError: It is damaged.
     """
-    raw = path.read_bytes()
-    data = raw[_DIGEST:]
-    if hashlib.sha256(data).digest() != raw[:_DIGEST]:
+    data = without_digest(path.read_bytes())
+    if data is None:
         raise RunError(f"{path} is damaged (its checksum does not fit)")
     try:
         length = int.from_bytes(data[:8], "little")

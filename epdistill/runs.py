@@ -31,6 +31,7 @@ from epdistill.errors import RunError
 from epdistill.sealed import read_sealed, seal
 
 FORMAT_VERSION = 1
+SHIPPED = "shipped"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 METRICS = "metrics.jsonl"
@@ -279,6 +280,16 @@ def load_weights(run: Run) -> dict[str, torch.Tensor]:
         return load_safetensors(data)
     except SafetensorError as error:
         raise RunError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def or_shipped(typed: Path, shipped: Path) -> Path:
+    """What a user means by a path: `shipped` is what comes with the package.
+
+    Args:
+        typed: As typed; something of that name in the current folder comes first.
+        shipped: What the name stands for here.
+    """
+    return shipped if typed == Path(SHIPPED) and not typed.exists() else typed
 
 
 def open_run(path: Path, kind: str | None = None) -> Run:

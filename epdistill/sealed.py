@@ -8,6 +8,8 @@
 Every byte of such a file is covered: those before by the digest, those of the last lines
 because they can only be one thing. A file without that entry is from before there was
 one, and is read as it is; so whoever edits a file by hand takes the entry out.
+
+Files of bytes carry their digest in front (`with_digest`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 KEY = "self_sha256"
 _HEX = 64
+_DIGEST = hashlib.sha256().digest_size
 
 
 def _tail(body: bytes) -> bytes:
@@ -84,3 +87,14 @@ def read_sealed(path: Path) -> dict[str, Any]:
         ValueError: As `unseal` says.
     """
     return unseal(path.read_bytes())
+
+
+def with_digest(data: bytes) -> bytes:
+    """The SHA-256 of some bytes (32 bytes), and then themselves."""
+    return hashlib.sha256(data).digest() + data
+
+
+def without_digest(content: bytes) -> bytes | None:
+    """What `with_digest` was given; None if it was torn or altered since."""
+    data = content[_DIGEST:]
+    return data if with_digest(data) == content else None

@@ -26,7 +26,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from epdistill.augment import Augmentation
-from epdistill.checkpoints import SECONDS, Checkpoint, pick_up, save_checkpoint
+from epdistill.checkpoints import SECONDS, Checkpoint, pick_up, save_checkpoint, spent
 from epdistill.console import SILENT, Reporter
 from epdistill.data import Split, to_float
 from epdistill.distributed import ALONE, Shard, Team
@@ -177,7 +177,7 @@ def fit(
             reporter.line(note)
         task.restore(found.state)
         step, sums, row = (found.facts[key] for key in ("step", "sums", "row"))
-        before = found.facts.get(SECONDS, 0.0)  # older checkpoints do not tell
+        before = spent(found)
         reporter.line(f"continuing at step {step} of {total}")
 
     def rows(done: int) -> Iterator[Tensor]:
@@ -188,8 +188,8 @@ def fit(
                 yield order[k * size : (k + 1) * size][shard.rows]
 
     def facts() -> dict[str, Any]:
-        spent = before + time.monotonic() - began
-        return {"step": step, "sums": sums, "row": row, SECONDS: spent}
+        seconds = before + time.monotonic() - began
+        return {"step": step, "sums": sums, "row": row, SECONDS: seconds}
 
     saved = time.monotonic()
     with (

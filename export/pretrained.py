@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SHIPPED = "shipped"
+from epdistill.runs import SHIPPED, or_shipped
+
 FOLDER = Path(__file__).parent / SHIPPED
 FILE = "cifar10-resnet18-int8.onnx"
 
@@ -15,6 +16,4 @@ def named(model: Path) -> Path:
     Args:
         model: As typed; a file or folder of that name in the current folder comes first.
     """
-    if model == Path(SHIPPED) and not model.exists():
-        return FOLDER / FILE
-    return model
+    return or_shipped(model, FOLDER / FILE)

@@ -11,11 +11,12 @@ from typing import Any
 from safetensors.torch import load
 
 from epdistill.errors import RunError
+from epdistill.runs import SHIPPED, or_shipped
 from epdistill.teachers.architecture import Architecture
 from epdistill.teachers.model import EPCNN
 from epdistill.teachers.schedule import Schedule
 
-FOLDER = "shipped"
+FOLDER = SHIPPED
 
 
 def named(run: Path) -> Path:
@@ -24,9 +25,7 @@ def named(run: Path) -> Path:
     Args:
         run: As typed; a folder of that name in the current folder comes first.
     """
-    if run == Path(FOLDER) and not run.exists():
-        return Path(__file__).parent / FOLDER
-    return run
+    return or_shipped(run, Path(__file__).parent / FOLDER)
 
 
 def shipped_teacher() -> tuple[EPCNN, dict[str, Any]]:

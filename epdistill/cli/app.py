@@ -341,7 +341,7 @@ def predict(
 ) -> None:
     """Labels and probabilities for image files."""
     from epdistill.errors import DataError
-    from epdistill.export.pretrained import SHIPPED
+    from epdistill.runs import SHIPPED
     from epdistill.workflows.deployment import predict as work
 
     is_model = files[0].suffix == ".onnx" or files[0] == Path(SHIPPED)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from epdistill.recipes.section import Section
+
+
+def only_teacher(recipe: Mapping[str, Any]) -> int | None:
+    """The seed of the one teacher that all students of an ablation have, if they have.
+
+    Args:
+        recipe: As JSON; it may be older than `teacher_seed`.
+    """
+    own = recipe["ablate"]
+    if own["vary"] != "student":
+        return None
+    first = own.get("teacher_seed")
+    return int(recipe["seed"] if first is None else first)
 
 
 class AblateRecipe(Section):

@@ -64,7 +64,13 @@ def _of_run(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+def set_key(content: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a key of a recipe in place, as `student.epochs`; sections are made where needed.
+
+    Raises:
+        RecipeError: A part of the path is a value.
+    """
+    keys = dotted.split(".")
     for key in keys[:-1]:
         inner = content.setdefault(key, {})
         if not isinstance(inner, dict):
@@ -138,8 +144,9 @@ def load_recipe(
     environment = os.environ if environment is None else environment
     for name in sorted(environment):
         if name.startswith(PREFIX):
-            _set(content, name.removeprefix(PREFIX).lower().split("__"), _parse(environment[name]))
+            dotted = name.removeprefix(PREFIX).lower().replace("__", ".")
+            set_key(content, dotted, _parse(environment[name]))
     for dotted, value in (overrides or {}).items():
         if value is not None:
-            _set(content, dotted.split("."), value)
+            set_key(content, dotted, value)
     return validate(content, source)

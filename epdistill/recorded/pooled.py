@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
+from epdistill.recipes.ablation import only_teacher
+from epdistill.recipes.loading import set_key
 from epdistill.recorded.models import title_of
 from epdistill.recorded.store import Record
-from epdistill.robustness.intervals import Z95, wilson
+from epdistill.robustness.intervals import Z95
+from epdistill.robustness.shares import over
 
 # A norm and a radius.
 Ball = tuple[str, float]
@@ -30,11 +33,7 @@ def row_title(content: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """
     recipe = copy.deepcopy(dict(content["recipe"]))
     for dotted, value in row["keys"].items():
-        *sections, key = dotted.split(".")
-        place = recipe
-        for section in sections:
-            place = place[section]
-        place[key] = value
+        set_key(recipe, dotted, value)
     return title_of({"kind": row["kind"], "recipe": recipe})
 
 
@@ -52,7 +51,7 @@ def pooled_rows(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
     for number, record in enumerate(records):
         for row in record.content["rows"]:
             cases = found.setdefault(row_title(record.content, row), {})
-            one = _only_teacher(record.content) if row["kind"] == "teacher" else None
+            one = only_teacher(record.content["recipe"]) if row["kind"] == "teacher" else None
             for seed in row["seeds"]:
                 # One teacher on the images of several ablations is one seed on more images.
                 key = (seed["seed"], None) if one is None else (one, number)
@@ -73,15 +72,6 @@ class _Shown(NamedTuple):
     n: int
 
 
-def _only_teacher(content: Mapping[str, Any]) -> int | None:
-    """The seed of the one teacher that all students of an ablation have, if they have."""
-    own = content["recipe"]["ablate"]
-    if own["vary"] != "student":
-        return None
-    first = own.get("teacher_seed")
-    return int(content["recipe"]["seed"] if first is None else first)
-
-
 def _mean(norm: str, eps: float, found: Mapping[tuple[int, int | None], _Shown]) -> dict[str, Any]:
     by_seed: dict[int, list[float]] = {}
     for (seed, _), shown in found.items():
@@ -89,16 +79,7 @@ def _mean(norm: str, eps: float, found: Mapping[tuple[int, int | None], _Shown])
     shares = [fmean(some) for some in by_seed.values()]
     # Seeds of one ablation are shown the same images.
     n = sum({shown.number: shown.n for shown in found.values()}.values())
-    mean = fmean(shares)
-    return {
-        "norm": norm,
-        "eps": eps,
-        "accuracy": mean,
-        "ci95": list(wilson(round(mean * n), n)),
-        "n": n,
-        "seeds": sorted(by_seed),
-        "std": stdev(shares) if len(shares) > 1 else None,
-    }
+    return {"norm": norm, "eps": eps, **over(shares, n), "seeds": sorted(by_seed)}
 
 
 def pooled_gaps(records: Sequence[Record]) -> Iterator[dict[str, Any]]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from epdistill.recorded import published
 from epdistill.recorded.models import DISTILLED, Kin, published_key
 from epdistill.recorded.pooled import pooled_gaps, pooled_rows
 from epdistill.recorded.store import Record
 from epdistill.robustness.guards import L2, LINF
-from epdistill.robustness.intervals import wilson
+from epdistill.robustness.paired import CLEAN
 from epdistill.robustness.paper import CONSTANTS, TABLE_L2, TABLE_LINF
-from epdistill.robustness.shares import ball, threat
+from epdistill.robustness.shares import ball, over, threat
 
 NOTHING = "-"
 
@@ -35,12 +35,12 @@ def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{100 * value:.1f}"
 
 
-def with_interval(found: Mapping[str, Any]) -> str:
+def with_interval(found: Mapping[str, Any], digits: int = 0) -> str:
     """Accuracy, with its standard deviation over seeds if it has one, and its interval."""
     low, high = found["ci95"]
     spread = found.get("std")
     words = percent(found["accuracy"]) + (f" ±{100 * spread:.1f}" if spread is not None else "")
-    return f"{words} ({100 * low:.0f}-{100 * high:.0f})"
+    return f"{words} ({100 * low:.{digits}f}-{100 * high:.{digits}f})"
 
 
 def model_table(kins: Sequence[Kin], data: str) -> list[str]:
@@ -74,10 +74,7 @@ def model_table(kins: Sequence[Kin], data: str) -> list[str]:
 def _tested(results: Sequence[Mapping[str, Any]]) -> str:
     """Mean over seeds on all test images; the interval is that of one share of these images."""
     shares, n = [found["accuracy"] for found in results], results[0]["test_images"]
-    mean = fmean(shares)
-    low, high = wilson(round(mean * n), n)
-    spread = f" ±{100 * stdev(shares):.1f}" if len(shares) > 1 else ""
-    return f"{100 * mean:.1f}{spread} ({100 * low:.1f}-{100 * high:.1f}, n = {n:,})"
+    return f"{with_interval(over(shares, n), 1).removesuffix(')')}, n = {n:,})"
 
 
 def _agreement(results: Sequence[Mapping[str, Any]]) -> str:
@@ -98,74 +95,83 @@ def _int8(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def ablation_tables(content: Mapping[str, Any]) -> list[str]:
     """Worst cases over seeds, and points above the references over the same images."""
-    rows = content["rows"]
-    lines: list[str] = []
-    for norm in (L2, LINF):
-        cases = [case for case in rows[0]["mean"] if case["norm"] in ("clean", norm)]
-        head = ["row", "seeds", "n", *(threat(case) for case in cases)]
-        body = [
-            [f"`{row['row']}`", str(len(row["seeds"])), str(row["mean"][0]["n"])]
-            + [with_interval(case) for case in row["mean"] if case["norm"] in ("clean", norm)]
-            for row in rows
-        ]
-        if norm == L2:
-            head.append("corrupted")
-            for cells, row in zip(body, rows, strict=True):
-                cells.append(percent(row["corrupted"]))
-        lines += table(head, body)
-    lines += ["Points more than a reference on the same images (95 % interval; seeds):"]
-    return lines + _differences(content)
-
-
-def _differences(content: Mapping[str, Any]) -> list[str]:
-    """Every row against every reference, each pair once: clean, and at all L2 radii."""
-    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for gap in content["differences"]:
-        if gap["norm"] in ("clean", L2) and (gap["reference"], gap["row"]) not in found:
-            found.setdefault((gap["row"], gap["reference"]), {})[threat(gap)] = gap
-    if not found:
-        return []
-    threats = list(dict.fromkeys(name for gaps in found.values() for name in gaps))
-    body = [
-        [f"`{row}` - `{reference}`", str(len(next(iter(gaps.values()))["seeds"]))]
-        + [_gap(gaps[name]) if name in gaps else NOTHING for name in threats]
-        for (row, reference), gaps in found.items()
+    rows = [
+        _Row(f"`{row['row']}`", str(len(row["seeds"])), row["mean"], percent(row["corrupted"]))
+        for row in content["rows"]
     ]
-    return table(["", "seeds", *threats], body)
+    gaps: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for gap in content["differences"]:
+        row, reference = f"`{gap['row']}`", f"`{gap['reference']}`"
+        if (reference, row) not in gaps:  # each pair once
+            gaps.setdefault((row, reference), []).append(gap)
+    told = ["Points more than a reference on the same images (95 % interval; seeds):"]
+    return [*_worst_cases("row", rows), *told, *_differences(gaps, lambda seeds: str(len(seeds)))]
 
 
 def pooled_tables(records: Sequence[Record]) -> list[str]:
     """All ablations of one recipe and split together, and distilled students beside the others."""
-    rows = pooled_rows(records)
+    rows = [
+        _Row(title, _listed(cases[0]["seeds"]), cases)
+        for title, cases in pooled_rows(records).items()
+    ]
+    gaps: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for gap in pooled_gaps(records):
+        if DISTILLED in gap["row"]:
+            gaps.setdefault((gap["row"], gap["reference"]), []).append(gap)
+    found = _differences(gaps, _listed)
+    told = ["Points more than another, over the seeds that both have (95 % interval):"]
+    return [*_worst_cases("model", rows), *(told if found else []), *found]
+
+
+class _Row(NamedTuple):
+    """A line of a table of worst cases: who, on which seeds, what remains at which radius."""
+
+    name: str
+    seeds: str
+    cases: Sequence[Mapping[str, Any]]
+    corrupted: str = NOTHING
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _worst_cases(what: str, rows: Sequence[_Row]) -> list[str]:
+    """A table per norm; with the first one accuracy on corrupted images, where it is known."""
     lines: list[str] = []
     for norm in (L2, LINF):
-        chosen = {
-            title: [case for case in cases if case["norm"] in ("clean", norm)]
-            for title, cases in rows.items()
-        }
-        head = ["model", "seeds", "n", *map(threat, next(iter(chosen.values())))]
+        chosen = [[case for case in row.cases if case["norm"] in (CLEAN, norm)] for row in rows]
+        head = [what, "seeds", "n", *map(threat, chosen[0])]
         body = [
-            [title, ", ".join(map(str, cases[0]["seeds"])), str(cases[0]["n"])]
-            + [with_interval(case) for case in cases]
-            for title, cases in chosen.items()
+            [row.name, row.seeds, str(cases[0]["n"]), *map(with_interval, cases)]
+            for row, cases in zip(rows, chosen, strict=True)
         ]
-        lines += table(head, body)
-    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for gap in pooled_gaps(records):
-        if gap["norm"] in ("clean", L2) and DISTILLED in gap["row"]:
-            found.setdefault((gap["row"], gap["reference"]), {})[threat(gap)] = gap
-    if not found:
-        return lines
-    lines += ["Points more than another, over the seeds that both have (95 % interval):"]
-    threats = list(dict.fromkeys(name for gaps in found.values() for name in gaps))
-    return lines + table(
-        ["", "seeds", *threats],
-        [
-            [f"{row} - {reference}", ", ".join(map(str, next(iter(gaps.values()))["seeds"]))]
-            + [_gap(gaps[name]) if name in gaps else NOTHING for name in threats]
-            for (row, reference), gaps in found.items()
-        ],
-    )
+        if norm == L2:
+            head.append("corrupted")
+            for cells, row in zip(body, rows, strict=True):
+                cells.append(row.corrupted)
+        lines += _measured(head, body)
+    return lines
+
+
+def _differences(
+    found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    seeds: Callable[[Sequence[int]], str],
+) -> list[str]:
+    """One row against another, clean and at all L2 radii; `seeds` says which those are."""
+    by_pair = {
+        pair: {threat(gap): gap for gap in gaps if gap["norm"] in (CLEAN, L2)}
+        for pair, gaps in found.items()
+    }
+    if not by_pair:
+        return []
+    threats = list(dict.fromkeys(name for gaps in by_pair.values() for name in gaps))
+    body = [
+        [f"{row} - {reference}", seeds(next(iter(gaps.values()))["seeds"])]
+        + [_gap(gaps[name]) if name in gaps else NOTHING for name in threats]
+        for (row, reference), gaps in by_pair.items()
+    ]
+    return table(["", "seeds", *threats], body)
 
 
 def _gap(gap: Mapping[str, Any]) -> str:

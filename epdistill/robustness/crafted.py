@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from epdistill.errors import DiskError
 from epdistill.runs import atomic_write
+from epdistill.sealed import with_digest, without_digest
 
-_DIGEST = hashlib.sha256().digest_size
 # Adversarial images, and how many images the model was shown for them.
 Made = tuple[Tensor, int]
 
@@ -33,15 +33,14 @@ class Crafted:
     """A folder of adversarial images.
 
     Attributes:
-        folder: Made when it is needed. Each file holds the SHA-256 of the rest in front (32
-            bytes), then a safetensors file.
-        models: The identities of the models whose images are kept (`Subject.identity`).
+        folder: Made when it is needed. Each file is a safetensors file behind its digest.
+        model: The identity of the model whose images are kept (`Subject.identity`).
         facts: JSON-ready, all that images depend on beside the model: settings, data,
             versions, threads.
     """
 
     folder: Path
-    models: Collection[str]
+    model: str
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def get(self, identity: str, key: object, make: Callable[[], Made]) -> Made:
@@ -52,34 +51,29 @@ class Crafted:
             key: JSON-ready, tells units of a model apart.
             make: Makes them: (n,C,H,W) float32 on the CPU, and how many images were shown.
         """
-        if identity not in self.models:
+        if identity != self.model:
             return make()
-        name = hashlib.sha256(_text([identity, key, dict(self.facts)])).hexdigest()
-        path = self.folder / f"{name}.safetensors"
+        told = json.dumps([identity, key, dict(self.facts)], sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(told.encode()).hexdigest()}.safetensors"
         found = _read(path)
         if found is None:
             found = make()
             images, shown = found
-            data = save_safetensors({"images": images.contiguous(), "shown": torch.tensor(shown)})
+            tensors = {"images": images.contiguous(), "shown": torch.tensor(shown)}
             # Whoever is done may take the folder away meanwhile; what is not kept is made again.
             with suppress(DiskError, OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                atomic_write(path, hashlib.sha256(data).digest() + data)
+                atomic_write(path, with_digest(save_safetensors(tensors)))
         return found
-
-
-def _text(content: object) -> bytes:
-    return json.dumps(content, sort_keys=True).encode()
 
 
 def _read(path: Path) -> Made | None:
     """What a file holds; None if there is none, or it is not as it was written."""
     if not path.is_file():
         return None
-    content = path.read_bytes()
-    data = content[_DIGEST:]
-    # A digest that is right stands for the whole content.
-    if hashlib.sha256(data).digest() != content[:_DIGEST]:
+    data = without_digest(path.read_bytes())
+    if data is None:
         return None
+    # A digest that is right stands for the whole content.
     tensors = load_safetensors(data)
     return tensors["images"], int(tensors["shown"])

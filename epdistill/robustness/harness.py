@@ -80,7 +80,7 @@ def evaluate(
             generated ones.
         team: Processes that share out the units of work. The result is that of a single
             one; rank 0's journal alone has a file, and all begin with the same units in it.
-        crafted: Where adversarial images of some models are kept for the next evaluation, or
+        crafted: Where adversarial images of one model are kept for the next evaluation, or
             lie already.
 
     Returns:

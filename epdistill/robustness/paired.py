@@ -7,13 +7,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
 from epdistill.errors import EvaluationError
-from epdistill.robustness.intervals import Z95, wilson
+from epdistill.robustness.intervals import Z95
 from epdistill.robustness.results import checked_csv
-from epdistill.robustness.shares import accuracy
+from epdistill.robustness.shares import accuracy, over
 
 # A norm and a radius; clean images are ("clean", 0).
 Case = tuple[str, float]
@@ -84,16 +83,11 @@ def over_seeds(seeds: Sequence[Answers]) -> dict[str, Any]:
         `std`, the spread over `seeds` (`std` is null for a single one).
     """
     found = [sum(answers.values()) / len(answers) for answers in seeds]
-    n = len(set().union(*seeds))
-    mean = sum(found) / len(found)
     return {
-        "accuracy": mean,
-        "ci95": list(wilson(round(mean * n), n)),
-        "n": n,
+        **over(found, len(set().union(*seeds))),
         "seeds": len(found),
         "low": min(found),
         "high": max(found),
-        "std": stdev(found) if len(found) > 1 else None,
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,25 @@ def share(wrong: Tensor, scope: Tensor | None = None) -> dict[str, Any]:
     counted = wrong if scope is None else wrong[scope]
     n = len(counted)
     return accuracy(n - int(counted.sum()), n)
+
+
+def over(shares: Sequence[float], n: int) -> dict[str, Any]:
+    """Mean accuracy over seeds, JSON-ready.
+
+    Args:
+        shares: One each.
+        n: Different images that they are shares of.
+
+    Returns:
+        `accuracy`, the mean; `ci95`, Wilson's interval of that share on `n` images; `n`; and
+        `std` over seeds, null for a single one.
+    """
+    mean = fmean(shares)
+    return {
+        **accuracy(round(mean * n), n),
+        "accuracy": mean,
+        "std": stdev(shares) if len(shares) > 1 else None,
+    }
 
 
 def threat(case: Mapping[str, Any]) -> str:

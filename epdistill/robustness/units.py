@@ -41,7 +41,7 @@ class Task:
         suite: The attacks and corruptions.
         seed: Of everything random.
         batch_size: Images per unit.
-        crafted: Where adversarial images of some models are kept.
+        crafted: Where adversarial images of one model are kept.
     """
 
     images: Tensor

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from epdistill.errors import RecipeError
 from epdistill.recipes import EP_CNN, Recipe, section_of
+from epdistill.recipes.ablation import only_teacher
 from epdistill.workflows.training import inherit
 
 
@@ -217,11 +218,8 @@ class Plan:
     def _cell(self, row: Row, seed: int) -> Cell:
         base = self.recipe.model_dump(mode="json")
         recipe = inherit(base, {**row.keys, "seed": seed}, f"{self.recipe.name}, row {row.name}")
-        taught = recipe
-        if self.recipe.ablate.vary == "student":
-            first = self.recipe.ablate.teacher_seed
-            first = self.recipe.seed if first is None else first
-            taught = recipe.model_copy(update={"seed": first})
+        one = only_teacher(base)
+        taught = recipe if one is None else recipe.model_copy(update={"seed": one})
         keys = {key: value for key, value in row.keys.items() if _value(base, key) != value}
         above = {key: value for key, value in keys.items() if not key.startswith("student.")}
         rule = "" if recipe.model != EP_CNN else f"-{recipe.teacher.rule}"

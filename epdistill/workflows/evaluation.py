@@ -231,7 +231,7 @@ def _crafted(
 
     model, folder = lent
     facts = {key: value for key, value in header.items() if key not in ("models", "weights")}
-    return Crafted(folder, {subjects[paths.index(model)].identity}, facts)
+    return Crafted(folder, subjects[paths.index(model)].identity, facts)
 
 
 def _official(path: Path | None) -> Cifar10C | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from epdistill.augment import Augmentation
-from epdistill.checkpoints import SECONDS, forget_checkpoints, load_checkpoint
+from epdistill.checkpoints import forget_checkpoints, load_checkpoint, spent
 from epdistill.data import DataSet, describe, to_float
 from epdistill.distributed import synchronised
 from epdistill.errors import DiskError, RecipeError, RunError
@@ -314,6 +314,8 @@ def _train(
     batch_size: int,
 ) -> float:
     """Run the loop; returns the seconds spent in it, before interruptions too."""
+    earlier = load_checkpoint(folder) if context.team.first else None
+    before = 0.0 if earlier is None else spent(earlier)
     start = time.monotonic()
     source = recipe.data
     with training_in(folder, config["kind"]):
@@ -331,8 +333,7 @@ def _train(
             team=context.team,
             track=context.track,
         )
-    last = load_checkpoint(folder) if context.team.first else None
-    return time.monotonic() - start if last is None else float(last.facts[SECONDS])
+    return before + time.monotonic() - start
 
 
 def _finish(

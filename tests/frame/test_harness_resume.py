@@ -226,7 +226,7 @@ def test_packing_loses_nothing(n: int):
 
 def test_images_that_are_kept_are_not_made_again(run, straight, tmp_path: Path):
     def kept(**facts: int) -> Crafted:
-        return Crafted(tmp_path / "kept", {"its weights"}, facts)
+        return Crafted(tmp_path / "kept", "its weights", facts)
 
     found, calls, _ = straight
     once, again = run(crafted=kept(seed=1)), run(crafted=kept(seed=1))
@@ -238,7 +238,7 @@ def test_images_that_are_kept_are_not_made_again(run, straight, tmp_path: Path):
     # Other settings have files of their own, and another model leaves none.
     assert same(run(crafted=kept(seed=2))[0], found)
     assert len(list((tmp_path / "kept").iterdir())) == 2 * len(files)
-    assert same(run(crafted=Crafted(tmp_path / "none", {"other weights"}))[0], found)
+    assert same(run(crafted=Crafted(tmp_path / "none", "other weights"))[0], found)
     assert not (tmp_path / "none").exists()
     # What is damaged or cut short is made again.
     for file, content in zip(files, whole, strict=True):
@@ -249,4 +249,4 @@ def test_images_that_are_kept_are_not_made_again(run, straight, tmp_path: Path):
     assert [file.read_bytes() for file in files] == whole
     # Where nothing can be kept, everything is found out all the same.
     (tmp_path / "file").write_text("")
-    assert same(run(crafted=Crafted(tmp_path / "file" / "kept", {"its weights"}))[0], found)
+    assert same(run(crafted=Crafted(tmp_path / "file" / "kept", "its weights"))[0], found)
