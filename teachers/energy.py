@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,8 @@ class Network:
         kind = self.architecture.layers[n - 1].pool
         if kind == "max":
             assert pooled.index is not None
+            if value.is_cuda:
+                return unpool_by_place(value, pooled.index, pooled.size)
             return F.max_unpool2d(value, pooled.index, (2, 2), output_size=pooled.size)
         if kind == "average":
             up = value.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) / 4
@@ -158,6 +161,39 @@ class Network:
     def answer(self, images: Tensor, states: Sequence[Tensor]) -> Tensor:
         """The class scores, (N, classes), of states s_1..s_L reached from `images` (= s_0)."""
         return self.logits(states[-1], states[-2] if len(states) > 1 else images)
+
+
+@lru_cache(maxsize=64)
+def _places(size: tuple[int, int], device: torch.device) -> Tensor:
+    """The flat position of every pixel that a 2x2 pool looks at, (1, h, 2, w, 2, 1) int64."""
+    height, width = (side // 2 for side in size)
+    rows = torch.arange(2 * height, device=device).view(1, height, 2, 1, 1, 1)
+    columns = torch.arange(2 * width, device=device).view(1, 1, 1, width, 2, 1)
+    return rows * size[1] + columns
+
+
+def unpool_by_place(value: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:
+    """`F.max_unpool2d` of 2x2 windows as a comparison of positions.
+
+    On a GPU torch's own takes its input channels-first and may add in any order, so it is
+    refused where results must repeat; this one keeps channels innermost and repeats.
+
+    Args:
+        value: (N, C, h, w).
+        index: (N, C, h, w) int64, positions in the flattened map.
+        size: (H, W) of the map.
+
+    Returns:
+        (N, C, H, W), channels-last.
+    """
+    n, channels, height, width = value.shape
+    inside = (n, height, 1, width, 1, channels)
+    here = index.permute(0, 2, 3, 1).reshape(inside) == _places(size, value.device)
+    spread = torch.where(here, value.permute(0, 2, 3, 1).reshape(inside), 0)
+    up = spread.view(n, 2 * height, 2 * width, channels)
+    if size != (2 * height, 2 * width):
+        up = F.pad(up, (0, 0, 0, size[1] - 2 * width, 0, size[0] - 2 * height))
+    return up.permute(0, 3, 1, 2)
 
 
 def activate(h: Tensor, curvature: float) -> Tensor:

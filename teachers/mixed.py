@@ -15,6 +15,8 @@ forces exact again, and every round shrinks the difference further.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +46,18 @@ class Base:
     feedbacks: list[Tensor]
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TensorFloat-32 while a `with` lasts: a base rounded to it is not the differences' base."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@full_float32()
 def make_base(network: Network, drive: Pooled, states: States) -> Base:
     """Evaluate a state once in float32: as many convolutions as one sweep.
 
@@ -96,6 +110,11 @@ def coarse_states(
     return [state.to(drive.value.dtype) for state in phase.states]
 
 
+def _may_ask(tensor: Tensor) -> bool:
+    """Whether looking for a few elements is cheap: a GPU would finish all that comes before."""
+    return not tensor.is_cuda
+
+
 def _same(states: States, others: States) -> bool:
     return all(state is other for state, other in zip(states, others, strict=True))
 
@@ -144,6 +163,9 @@ class DifferencePhase(Phase):
         moved = now.index != then.index
         value = torch.where(moved, state, state - old).to(LOW)
         top = self.low.unpool(n, value, now)
+        if not _may_ask(top):
+            gone = torch.where(moved, old, 0).to(LOW)
+            return top.sub_(self.low.unpool(n, gone, then))
         where = moved.permute(0, 2, 3, 1).nonzero(as_tuple=True)
         if len(where[0]):
             # Few maxima have moved; there the old value is taken away at the old place.

@@ -95,8 +95,8 @@ class Phase:
                 # minimiser is clip((h + beta y) / (a + beta)); h holds beta (y - s).
                 beta = self.nudge.beta
                 return (h + beta * self.states[-1]).div_(a + beta).clamp_(0, 1)
-            if self.nudge.bound:
-                k = self.nudge.bound
+            k = self.nudge.bound
+            if isinstance(k, Tensor) or k:
                 return (h + k * self.states[-1]).div_(a + k).clamp_(0, 1)
         return (h / a).clamp_(0, 1)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from epdistill.teachers.captured import relax_recorded
 from epdistill.teachers.energy import Network, Pooled, States, zero_states
 from epdistill.teachers.mixed import Base, DifferencePhase, coarse_states, lowered, make_base
 from epdistill.teachers.phase import Phase, pools_at, rows_of
@@ -51,6 +52,11 @@ def _begin(
 def is_mixed(network: Network, schedule: Schedule) -> bool:
     """Whether this network relaxes by differences under this schedule."""
     return schedule.precision == "mixed" and network.weights[0].dtype == torch.float32
+
+
+def records(network: Network, schedule: Schedule) -> bool:
+    """Whether relaxations of this network under this schedule are replayed from CUDA graphs."""
+    return network.weights[0].is_cuda and not is_mixed(network, schedule)
 
 
 @torch.no_grad()
@@ -88,6 +94,8 @@ def relax(
     images = images.contiguous(memory_format=torch.channels_last)
     if drive is None:
         drive = pooled[0] if pooled else network.pool(1, network.drive(1, images))
+    if watch is None and not isinstance(nudge, Push) and records(network, schedule):
+        return relax_recorded(network, drive, schedule, nudge=nudge, start=start, pooled=pooled)
     count = images.shape[0]
     batch, spent = _begin(network, drive, schedule, nudge, start, pooled, base)
     device = images.device

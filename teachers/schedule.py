@@ -117,11 +117,13 @@ class Nudge:
         target: (N, classes) one-hot labels in the dtype of the states.
         bound: Upper bound on the curvature of beta * loss in s_L (0 for beta < 0):
             keeps the update a majorise-minimise step. See `make_nudge`.
+
+    Both numbers may be scalar tensors, where sweeps are recorded and replayed.
     """
 
-    beta: float
+    beta: float | Tensor
     target: Tensor
-    bound: float = 0.0
+    bound: float | Tensor = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def make_nudge(network: Network, labels: Tensor, beta: float, *, bounded: bool =
     target = F.one_hot(labels, classes).to(network.weights[0].dtype)
     bound = 0.0
     if bounded and beta > 0 and network.readout_weight is not None:
-        v = network.readout_weight.detach().double()
+        v = network.readout_weight.detach().cpu().double()  # as many rows as classes
         centred = v - v.mean(0, keepdim=True)  # B V up to the factor 1/2
         bound = beta * 0.5 * float(torch.linalg.eigvalsh(v @ centred.T).max())
     return Nudge(beta, target, bound)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from epdistill.errors import RecipeError
 from epdistill.teachers.architecture import Architecture, LayerSpec
+from epdistill.teachers.captured import relax_recorded
 from epdistill.teachers.energy import Network, energy, phi, zero_states
 from epdistill.teachers.learning import ep_step
 from epdistill.teachers.model import EPCNN
@@ -98,6 +99,36 @@ def test_forces_are_the_autograd_of_phi(case: tuple[EPCNN, torch.Tensor, torch.T
         forces = Phase(network, drive, [s.detach() for s in states], None).forces()
     for force, wanted in zip(forces, expected, strict=True):
         torch.testing.assert_close(force, wanted, atol=1e-12, rtol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    networks(),
+    st.sampled_from([
+        Schedule(omega=1.3, tolerance=0.0, sweeps=7),
+        Schedule(omega=1.0, tolerance=1e-3, sweeps=200, check_every=1),
+        Schedule(omega=1.4, tolerance=1e-9, sweeps=25, check_every=10),
+        Schedule(kind="synchronous", omega=1.0, tolerance=0.0, sweeps=9),
+    ]),
+    st.sampled_from([0.0, 0.5, -0.5]),
+)  # fmt: skip
+def test_replayed_sweeps_are_the_same_relaxation(
+    case: tuple[EPCNN, torch.Tensor, torch.Tensor], schedule: Schedule, beta: float
+) -> None:
+    model, images, labels = case
+    network, x = model.network(), model.normalise(images)
+    nudge = make_nudge(network, labels, beta) if beta else None
+    start = relax(network, x, schedule.with_(tolerance=0.0, sweeps=2)).states if beta else None
+    expected = relax(network, x, schedule, nudge=nudge, start=start)
+    drive = network.pool(1, network.drive(1, x))
+    found = relax_recorded(network, drive, schedule, nudge=nudge, start=start)
+    for state, other in zip(found.states, expected.states, strict=True):
+        torch.testing.assert_close(state, other, rtol=0, atol=1e-12)
+    ours, theirs = found.certificate, expected.certificate
+    assert ours.sweeps.tolist() == theirs.sweeps.tolist()
+    assert ours.converged.tolist() == theirs.converged.tolist()
+    torch.testing.assert_close(ours.residual, theirs.residual, rtol=0, atol=1e-12)
+    assert (found.pooled is None) == (expected.pooled is None)
 
 
 def small_model(seed: int = 0) -> EPCNN:
