@@ -44,6 +44,17 @@ def pair_stages(stages: Sequence[Shape], targets: Sequence[Shape]) -> list[int]:
     return [*chosen, count]
 
 
+def shrunk(feature: Tensor, height: int, width: int) -> Tensor:
+    """A map (N, C, H, W) averaged over windows to (N, C, height, width)."""
+    sides = (feature.shape[2], feature.shape[3])
+    if sides == (height, width):
+        return feature
+    if sides[0] % height == 0 and sides[1] % width == 0:
+        # The adaptive pool's gradient adds in any order on a GPU, and no two runs were alike.
+        return F.avg_pool2d(feature, (sides[0] // height, sides[1] // width))
+    return F.adaptive_avg_pool2d(feature, (height, width))
+
+
 class Student(nn.Module):
     """Images in [0,1] to logits in one pass, matched to a teacher's states.
 
@@ -165,9 +176,7 @@ class Student(nn.Module):
         ):
             feature = adaptor(maps[index])
             _, height, width = target
-            if feature.shape[2:] != (height, width):
-                feature = F.adaptive_avg_pool2d(feature, (height, width))
-            landed.append(feature)
+            landed.append(shrunk(feature, height, width))
         top = self.head(maps[-1].flatten(1))
         if self.targets:
             landed.append(top.view(-1, *self.targets[-1]))
@@ -189,7 +198,8 @@ class Student(nn.Module):
 
         The product is formed in float64, so that folding costs one rounding only.
         """
-        head = nn.Linear(self.head.in_features, self.readout_weight.shape[0])
+        weight = self.readout_weight
+        head = nn.Linear(self.head.in_features, weight.shape[0], device=weight.device)
         v = self.readout_weight.double()
         with torch.no_grad():
             head.weight.copy_(v @ self.head.weight.double())

@@ -6,9 +6,11 @@ Counted in steps, never by the clock, so that a resumed run sees the same.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from epdistill.teachers.energy import States
 from epdistill.teachers.learning import Step
@@ -33,13 +35,23 @@ class Trouble:
     fatal: bool
 
 
-def collapsed_layers(states: States) -> list[int]:
-    """The layers (from 1) in which all but one state in ten thousand are exactly 0 or exactly 1."""
+def _stuck(states: States) -> Tensor:
+    """Per layer, how many states are exactly 0 and how many exactly 1: (L, 2) int64."""
+    return torch.stack([torch.stack([(s == 0).sum(), (s == 1).sum()]) for s in states])
+
+
+def collapsed_layers(states: States, stuck: Sequence[Sequence[int]] | None = None) -> list[int]:
+    """The layers (from 1) in which all but one state in ten thousand are exactly 0 or exactly 1.
+
+    Args:
+        states: s_1..s_L.
+        stuck: Per layer, how many are 0 and how many 1, if they have been counted.
+    """
     found = []
-    for n, state in enumerate(states, start=1):
-        stuck = ((state == 0) | (state == 1)).double().mean()
-        alike = max(float((state == 0).double().mean()), float((state == 1).double().mean()))
-        if float(stuck) >= COLLAPSED and alike >= COLLAPSED:
+    counts = _stuck(states).tolist() if stuck is None else stuck
+    for n, (state, (zeros, ones)) in enumerate(zip(states, counts, strict=True), start=1):
+        least = COLLAPSED * state.numel()
+        if zeros + ones >= least and max(zeros, ones) >= least:
             found.append(n)
     return found
 
@@ -56,8 +68,14 @@ class Watch:
         """What is wrong with a step; each kind that is not fatal is told once."""
         troubles = []
         gradients = step.gradients
-        parts = [*gradients.weights, *gradients.biases, step.logits, *step.free.states]
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
+        states = step.free.states
+        parts = [*gradients.weights, *gradients.biases, step.logits, *states]
+        finite = torch.stack([torch.isfinite(part).all() for part in parts]).all()
+        settled = step.free.certificate.converged.sum()
+        # One look at a GPU instead of thirty.
+        looked = torch.cat([torch.stack([finite.long(), settled]), _stuck(states).flatten()])
+        sound, count, *stuck_counts = looked.tolist()
+        if not sound:
             troubles.append(
                 Trouble(
                     "non-finite",
@@ -67,7 +85,8 @@ class Watch:
                 )
             )
             return troubles
-        stuck = collapsed_layers(step.free.states)
+        pairs = list(zip(stuck_counts[::2], stuck_counts[1::2], strict=True))
+        stuck = collapsed_layers(states, pairs)
         if stuck:
             layers = ", ".join(map(str, stuck))
             troubles.append(
@@ -78,7 +97,7 @@ class Watch:
                     False,
                 )
             )
-        self._settled.append(float(step.free.certificate.converged.double().mean()))
+        self._settled.append(count / len(step.logits))
         if len(self._settled) == WINDOW:
             share = sum(self._settled) / WINDOW
             self._best = max(self._best, share)

@@ -24,7 +24,7 @@ from epdistill.teachers.energy import Network, Pooled, States
 from epdistill.teachers.mixed import LOW, make_base
 from epdistill.teachers.phase import pools_at
 from epdistill.teachers.relaxation import is_mixed, relax
-from epdistill.teachers.schedule import Relaxed, Schedule, make_nudge
+from epdistill.teachers.schedule import Nudge, Relaxed, Schedule, make_nudge
 
 Estimator = Literal["symmetric", "one-sided", "random-sign"]
 Tipped = Literal["keep", "exclude", "clip"]
@@ -229,6 +229,12 @@ def ep_step(
         Gradients of the batch-mean loss and the phases they came from.
     """
     images = images.contiguous(memory_format=torch.channels_last)
+    strength = beta if estimator != "random-sign" else beta * sign
+    # Before anything is asked of a GPU: the bound is found on the processor.
+    up = make_nudge(network, labels, strength, bounded=bounded) if strength > 0 else None
+    down = None
+    if estimator == "symmetric" or strength < 0:
+        down = make_nudge(network, labels, -beta, bounded=bounded)
     drive = network.pool(1, network.drive(1, images))
     rest = relax(network, images, free, drive=drive)
     logits = network.answer(images, rest.states)
@@ -239,13 +245,12 @@ def ep_step(
     start = base.states if base else rest.states
     pooled = base.pooled if base else (rest.pooled or pools_at(network, rest.states, drive))
 
-    def phase(strength: float) -> Relaxed:
-        nudge = make_nudge(network, labels, strength, bounded=bounded)
+    def phase(nudge: Nudge | None) -> Relaxed | None:
+        if nudge is None:
+            return None
         return relax(network, images, nudged, nudge=nudge, start=start, pooled=pooled, base=base)
 
-    strength = beta if estimator != "random-sign" else beta * sign
-    plus = phase(strength) if strength > 0 else None
-    minus = phase(-beta) if estimator == "symmetric" or strength < 0 else None
+    plus, minus = phase(up), phase(down)
     # Without the opposite phase the free state stands in, and the distance is beta.
     high, low = plus or rest, minus or rest
     gap = 2 * beta if plus and minus else beta

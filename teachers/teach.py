@@ -196,15 +196,17 @@ class TeachTask:
                 self.good = {name: value.clone() for name, value in self._present().items()}
         certificate = result.free.certificate
         loss = torch.nn.functional.cross_entropy(result.logits, batch.labels)
-        values = {
-            "loss": float(loss),
-            "accuracy": float((result.logits.argmax(1) == batch.labels).double().mean()),
-            "sweeps": float(certificate.sweeps.double().mean()),
-            "residual": float(certificate.residual.max()),
-            "converged": float(certificate.converged.double().mean()),
+        measured = {
+            "loss": loss,
+            "accuracy": (result.logits.argmax(1) == batch.labels).double().mean(),
+            "sweeps": certificate.sweeps.double().mean(),
+            "residual": certificate.residual.max(),
+            "converged": certificate.converged.double().mean(),
         }
         if result.tipped is not None:
-            values["tipped"] = float(result.tipped.double().mean())
+            measured["tipped"] = result.tipped.double().mean()
+        found = torch.stack([value.double() for value in measured.values()]).tolist()
+        values = dict(zip(measured, found, strict=True))
         # The loss of a step that was taken back says nothing; a mean must stay finite.
         finite = {k: v if isfinite(v) else 0.0 for k, v in values.items()}
         return self.team.mean(finite, len(batch.labels))

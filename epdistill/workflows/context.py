@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ class Context:
             RecipeError: It is unknown or absent.
         """
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return _ready(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             device = torch.device(self.device)
         except RuntimeError as error:
@@ -66,7 +67,7 @@ class Context:
             raise RecipeError(f"device {self.device!r}; expected auto, cpu or cuda")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RecipeError(f"device {self.device!r}, but torch sees no GPU; use --device cpu")
-        return device
+        return _ready(device)
 
     def load_data(self, recipe: DataRecipe, seed: int) -> DataSet:
         """The data set of a recipe."""
@@ -113,6 +114,21 @@ class Context:
         return data
 
 
+def _ready(device: torch.device) -> torch.device:
+    """A device on which the same seed gives the same result again, as far as torch can.
+
+    An operation of which torch has no repeatable version warns and goes on.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # To fill what is overwritten anyway would cost a pass over memory each time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return device
+
+
 def now() -> str:
     """The present time, ISO 8601 with microseconds, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
@@ -127,6 +143,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **hardware(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
