@@ -16,7 +16,15 @@ from epdistill.errors import RecipeError
 from epdistill.recipes.schema import Recipe
 from epdistill.sealed import read_sealed
 
-BUNDLED = ("digits", "cifar10", "cifar100", "cifar10-small", "cifar10-fast", "default")
+BUNDLED = (
+    "digits",
+    "cifar10",
+    "cifar100",
+    "cifar10-small",
+    "cifar10-fast",
+    "cifar10-gpu",
+    "default",
+)
 PREFIX = "EPDISTILL__"
 RUN_CONFIG = "config.json"
 

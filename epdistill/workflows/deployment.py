@@ -17,7 +17,7 @@ from epdistill.runs import Run, finished_runs, newest_run, open_run
 from epdistill.workflows.cards import refresh as refresh_card
 from epdistill.workflows.context import Context, require_finished
 from epdistill.workflows.evaluation import (
-    BATCH_SIZE,
+    BATCH_SIZES,
     EXPORTED,
     Evaluated,
     evaluate,
@@ -259,7 +259,7 @@ def _with_test_accuracy(found: ReducedResult, test: Split) -> ReducedResult:
     classifier = OnnxClassifier.open_checked(found.path, threads=torch.get_num_threads())
     right = sum(
         int((classifier(to_float(images)).argmax(1) == labels).sum())
-        for images, labels in batches(test, BATCH_SIZE, generator=None)
+        for images, labels in batches(test, BATCH_SIZES["cpu"], generator=None)
     )
     figures = {
         "test_accuracy": right / len(test.labels),

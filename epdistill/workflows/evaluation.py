@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from epdistill.robustness.suites import QuickSuite
 
 EXPORTED = "model.onnx"
-BATCH_SIZE = 128
+# Images that go through a model at once. Half of a GPU's memory is for the longest unroll.
+BATCH_SIZES = {"cpu": 128, "cuda": 256}
 TEST, VALIDATION = "test", "validation"
 
 
@@ -155,7 +156,7 @@ def evaluate(
                 limit=limit,
                 subset=asked.subset,
                 seed=seed,
-                batch_size=BATCH_SIZE,
+                batch_size=BATCH_SIZES[device.type],
                 progress=lambda what, done, total: bar.at(done, total, what),
                 journal=journal,
                 diagnose=bool(asked.diagnose),
@@ -213,7 +214,7 @@ def _header(
         "weights": {subject.name: subject.identity for subject in subjects},
         "data": fingerprint(split),
         "official": None if official is None else official.describe(),
-        "batch_size": BATCH_SIZE,
+        "batch_size": BATCH_SIZES[device.type],
         "device": f"{device.type}: {place}",
         "threads": torch.get_num_threads(),
         "versions": versions(),
