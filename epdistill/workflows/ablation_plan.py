@@ -84,10 +84,22 @@ ROWS = (
     Row(
         "distilled-unlabelled", "distilled, labels unseen", "student", {"student.label_weight": 0.0}
     ),
+    Row("distilled-cnn", "distilled into the small conv net", "student", {"student.name": "cnn"}),
+    Row(
+        "distilled-mobile", "distilled into MobileNetV3-small", "student",
+        {"student.name": "mobilenet_v3_small"},
+    ),
     Row("distilled-bptt", "distilled from the BPTT twin", "student", {"teacher.rule": "bptt"}),
     Row("bptt-teacher", "the BPTT twin itself", "teacher", {"teacher.rule": "bptt"}),
     Row("distilled-adv", "distilled from the adv-cnn", "student", {"model": "adv-cnn"}),
+    Row("bp-cnn", "the EP-CNN's layers as an ordinary net", "teacher", {"model": "bp-cnn"}),
     Row("adv-cnn", "adversarial training itself", "teacher", {"model": "adv-cnn"}),
+    Row(
+        "adv-cnn-strong", "adversarial training, L2 1.0", "teacher",
+        {"model": "adv-cnn", "baselines.adv_cnn.norm": "l2", "baselines.adv_cnn.eps": 1.0},
+    ),
+    Row("vit", "a vision transformer", "teacher", {"model": "vit"}),
+    Row("wca", "a net with learned noise (WCA-Net)", "teacher", {"model": "wca"}),
 )  # fmt: skip
 NAMES = tuple(row.name for row in ROWS)
 

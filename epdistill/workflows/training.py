@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +19,7 @@ from epdistill.distributed import synchronised
 from epdistill.errors import DiskError, RecipeError, RunError
 from epdistill.loading import load_teacher
 from epdistill.recipes import Recipe
-from epdistill.recipes.loading import validate
+from epdistill.recipes.loading import set_key, validate
 from epdistill.runs import (
     CARD,
     CONFIG,
@@ -240,21 +241,17 @@ def inherit(content: Mapping[str, Any], overrides: Mapping[str, Any], source: st
     Raises:
         RecipeError: A key is unknown or a value out of range.
     """
-    content = {**content, "student": dict(content.get("student", {}))}
+    changed: dict[str, Any] = copy.deepcopy(dict(content))
+    changed.setdefault("student", {})
     name = overrides.get("student.name")
-    if name is not None and name != content["student"].get("name"):
+    if name is not None and name != changed["student"].get("name"):
         # A width, stages and weights belong to the student they were written for.
         for key in ("width", "stages", "pretrained"):
-            content["student"].pop(key, None)
+            changed["student"].pop(key, None)
     for dotted, value in overrides.items():
-        if value is None:
-            continue
-        section, _, key = dotted.rpartition(".")
-        if section:
-            content[section] = {**content.get(section, {}), key: value}
-        else:
-            content[key] = value
-    return validate(content, source)
+        if value is not None:
+            set_key(changed, dotted, value)
+    return validate(changed, source)
 
 
 def stem_of(recipe: Recipe, kind: str) -> str:
