@@ -26,6 +26,9 @@ def evaluate(
     diagnose: bool = False,
     horizons: bool = False,
     corruptions: Place | None = None,
+    linf: Sequence[float] | None = None,
+    l2: Sequence[float] | None = None,
+    split: str | None = None,
     seed: int | None = None,
     out: Place | None = None,
     resume: bool = False,
@@ -45,6 +48,9 @@ def evaluate(
         diagnose: Look for masked gradients; `full` always does.
         horizons: Sweep attack and prediction horizons of teachers; `full` always does.
         corruptions: Folder with the CIFAR-10-C arrays.
+        linf: Radii, on pixels in [0,1]; those of the recipe without it.
+        l2: Likewise.
+        split: `test` (without it) or `validation`.
         seed: Of the choice of images and of every attack.
         out, resume, runs, data_root, download, device, quiet: See the module.
 
@@ -55,8 +61,9 @@ def evaluate(
     from epdistill.workflows.request import Asked
 
     asked = Asked(
-        (), suite, limit, subset, seed, diagnose or None, path_of(corruptions),
-        horizons=horizons or None,
+        (), suite, limit, subset, seed, diagnose or None, path_of(corruptions), split,
+        horizons or None, None if linf is None else tuple(sorted(linf)),
+        None if l2 is None else tuple(sorted(l2)),
     )  # fmt: skip
     place = context_of(runs, data_root, download, device, quiet)
     return work(paths_of(models), place, asked=asked, out=path_of(out), resume=resume)

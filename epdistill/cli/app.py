@@ -295,6 +295,15 @@ def evaluate(
     corruptions: Annotated[
         Path | None, typer.Option("--corruptions", help="Folder with the CIFAR-10-C arrays.")
     ] = None,
+    linf: Annotated[
+        str | None, typer.Option("--linf", help="Radii, as 2/255,8/255; by the recipe without it.")
+    ] = None,
+    l2: Annotated[
+        str | None, typer.Option("--l2", help="Radii, as 0.5,1; by the recipe without it.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="test (without it) or validation.")
+    ] = None,
     data_root: RootFlag = None,
     download: DownloadFlag = False,
     seed: SeedFlag = None,
@@ -309,11 +318,12 @@ def evaluate(
     from epdistill.cli.tables import evaluation_table
     from epdistill.robustness.results import threats
     from epdistill.workflows.evaluation import evaluate as work
-    from epdistill.workflows.request import Asked
+    from epdistill.workflows.request import Asked, radii
 
     asked = Asked(
-        (), suite, limit, subset, seed, diagnose or None, corruptions, horizons=horizons or None
-    )
+        (), suite, limit, subset, seed, diagnose or None, corruptions, split, horizons or None,
+        None if linf is None else radii(linf, "--linf"), None if l2 is None else radii(l2, "--l2"),
+    )  # fmt: skip
     context = context_of(runs, data_root, download, device, quiet, together=True)
     done = work(models or [], context, asked=asked, out=out, resume=resume)
     if json:

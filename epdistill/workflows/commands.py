@@ -134,6 +134,12 @@ def evaluation_command(results: Mapping[str, Any], models: Sequence[str]) -> str
         words.append("--diagnose")
     if settings["name"] != "full" and settings["temporal"]:
         words.append("--horizons")
+    if settings["name"] != "paper":
+        for norm in ("linf", "l2"):
+            if settings.get(norm):
+                words += [f"--{norm}", ",".join(map(str, settings[norm]))]
+    if settings.get("split", "test") != "test":
+        words += ["--split", settings["split"]]
     return shlex.join(words)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from epdistill.data import DataSet, Split, fingerprint
-from epdistill.errors import DiskError, EpdistillError, LostTouchError, RunError
+from epdistill.errors import DiskError, EpdistillError, EvaluationError, LostTouchError, RunError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.recipes.loading import validate
 from epdistill.runs import Run, finished_runs, open_run
@@ -22,6 +22,7 @@ from epdistill.workflows.request import (
     forget,
     open_together,
     unfinished_evaluation,
+    with_radii,
 )
 from epdistill.workflows.subjects import onnx_subject, run_subject
 from epdistill.workflows.survival import resume_command, told
@@ -121,11 +122,13 @@ def evaluate(
     device = context.torch_device()
     subjects, runs = _open(paths, device, thorough=name != QUICK)
     chosen = asked.split or TEST
+    if chosen not in (TEST, VALIDATION):
+        raise EvaluationError(f"split {chosen!r}; expected {TEST} or {VALIDATION}")
     data = _common_data(runs, context, paths, chosen)
     split = data.test if chosen == TEST else data.validation
     _check_fit(subjects, data)
     content = validate(runs[0].config["recipe"], str(runs[0].path))
-    how = recipe or content.evaluate
+    how = with_radii(recipe or content.evaluate, asked, name)
     suite = chosen_suite(name, how, horizons=bool(asked.horizons))
     seed = content.seed if asked.seed is None else asked.seed
     limit = min(asked.limit or how.limit, len(split))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epdistill.errors import DiskError, EvaluationError
+from epdistill.errors import DiskError, EvaluationError, RecipeError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.runs import new_run_folder
 from epdistill.workflows.context import Context
@@ -36,6 +37,8 @@ class Asked:
         corruptions: A folder with the official CIFAR-10-C arrays.
         split: `test`, or `validation` for what choices are made on; `test` when None.
         horizons: Sweep over horizons also where the suite does not.
+        linf: Radii of the Linf balls of `quick` and `full`, overriding the recipe.
+        l2: Radii of the L2 balls, likewise.
     """
 
     models: tuple[Path, ...] = ()
@@ -47,6 +50,8 @@ class Asked:
     corruptions: Path | None = None
     split: str | None = None
     horizons: bool | None = None
+    linf: tuple[float, ...] | None = None
+    l2: tuple[float, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every field, JSON-ready."""
@@ -62,6 +67,9 @@ class Asked:
         given = {name: content[name] for name in names if name in content}
         given["models"] = tuple(Path(path) for path in given["models"])
         given["corruptions"] = Path(given["corruptions"]) if given["corruptions"] else None
+        for norm in ("linf", "l2"):
+            if given.get(norm) is not None:
+                given[norm] = tuple(given[norm])
         return cls(**given)
 
     def over(self, before: Asked) -> Asked:
@@ -69,6 +77,38 @@ class Asked:
         now = {field.name: getattr(self, field.name) for field in fields(self)}
         news = {key: value for key, value in now.items() if value not in (None, ())}
         return replace(before, **news)
+
+
+def radii(text: str, flag: str) -> tuple[float, ...]:
+    """The radii of a flag, with commas between, each a number or a fraction: `0.01,8/255`.
+
+    Raises:
+        RecipeError: Something else, or one that is not above 0.
+    """
+    try:
+        found = tuple(sorted({float(Fraction(part.strip())) for part in text.split(",")}))
+    except (ValueError, ZeroDivisionError):
+        found = ()
+    if not found or found[0] <= 0:
+        raise RecipeError(
+            f"{flag} {text}; expected numbers above 0 with commas between, as 0.5,1 or 2/255,8/255"
+        )
+    return found
+
+
+def with_radii(how: EvaluateRecipe, asked: Asked, suite: str) -> EvaluateRecipe:
+    """The recipe with the radii that were asked for.
+
+    Raises:
+        EvaluationError: Some were, for the suite `paper`, whose radii are the published ones.
+    """
+    changed = {key: value for key in ("linf", "l2") if (value := getattr(asked, key)) is not None}
+    if changed and suite == "paper":
+        raise EvaluationError(
+            f"radii {changed} with --suite paper, which has the published ones; expected them "
+            "with quick or full"
+        )
+    return how.model_copy(update=changed)
 
 
 def chosen_suite(name: str, how: EvaluateRecipe, *, horizons: bool = False) -> QuickSuite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from epdistill.errors import EvaluationError
+from epdistill.errors import EvaluationError, RecipeError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.robustness.attacks import (
     APGDSettings,
@@ -30,7 +31,7 @@ from epdistill.robustness.results import summary
 from epdistill.robustness.subjects import Horizons, MeanAnswer, Published, Subject, module_subject
 from epdistill.robustness.suites import QuickSuite, TemporalSettings, find_suite
 from epdistill.workflows.commands import evaluation_command
-from epdistill.workflows.request import chosen_suite
+from epdistill.workflows.request import Asked, chosen_suite, radii, with_radii
 
 Images = tuple[Tensor, Tensor]
 
@@ -383,3 +384,20 @@ def test_horizons_on_request():
     }  # fmt: skip
     told = evaluation_command({"settings": settings, "n": 3, "models": []}, ["runs/a"])
     assert told.endswith("--seed 0 --horizons")
+    settings |= {"temporal": None, "linf": [0.5], "l2": [0.1, 1.0], "split": "validation"}
+    told = evaluation_command({"settings": settings, "n": 3, "models": []}, ["runs/a"])
+    assert told.endswith("--seed 0 --linf 0.5 --l2 0.1,1.0 --split validation")
+
+
+def test_radii_are_numbers_or_fractions():
+    assert radii("1, 0.5,1", "--l2") == (0.5, 1.0)
+    assert radii("8/255,2/255", "--linf") == (2 / 255, 8 / 255)
+    for text in ("", "a", "0", "-1", "1/0", "0.1;0.2"):
+        with pytest.raises(RecipeError, match=r"--l2 .*; expected numbers above 0"):
+            radii(text, "--l2")
+    how = with_radii(EvaluateRecipe(), Asked(linf=(0.3,)), "quick")
+    assert (how.linf, how.l2) == ((0.3,), EvaluateRecipe().l2)
+    with pytest.raises(EvaluationError, match="has the published ones"):
+        with_radii(EvaluateRecipe(), Asked(l2=(0.3,)), "paper")
+    asked = Asked((), linf=(0.3,), split="validation")
+    assert Asked().over(Asked.from_json(json.loads(json.dumps(asked.to_json())))) == asked
