@@ -21,7 +21,7 @@ def making(runs: Sequence[Run], lines: Sequence[str]) -> str:
         rows.append(
             [
                 run.name,
-                str(environment.get("cpu", "-")),
+                str(environment.get("gpu") or environment.get("cpu", "-")),
                 str(environment["torch"]),
                 str(environment["epdistill"]),
                 str(run.config["finished"])[:19].replace("T", " "),

@@ -120,7 +120,7 @@ def _setting(members: Sequence[Kin]) -> str:
     recipe, data = run["recipe"], run["data"]
     channels = "-".join(map(str, recipe["teacher"]["channels"] or ()))
     machines = {
-        f"{env['cpu']} ({env['cores']} cores, torch {env['torch']})"
+        f"{env.get('gpu') or env['cpu']} ({env['cores']} cores, torch {env['torch']})"
         for kin in members
         for one in kin.runs
         if (env := one.content.get("environment"))

@@ -117,6 +117,7 @@ def _training(run: Run) -> list[str]:
         lines += _student(run)
         section = recipe["student"]
     environment = config["environment"]
+    machine = environment.get("gpu") or environment.get("cpu", "unknown")
     lines += [
         f"| data | {data_name(run)}: {data['train_images']} training, "
         f"{data['validation_images']} validation and {data['test_images']} test images, "
@@ -124,7 +125,7 @@ def _training(run: Run) -> list[str]:
         f"| epochs | {section['epochs']} |",
         f"| seed | {recipe['seed']} |",
         f"| seconds of training | {results['seconds']:.0f} |",
-        f"| hardware | {environment.get('cpu', 'unknown')}, torch {environment['torch']} |",
+        f"| hardware | {machine}, torch {environment['torch']} |",
         f"| epdistill | {environment['epdistill']} |",
     ]
     return lines

@@ -134,16 +134,21 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware facts that belong to a result."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions and hardware facts that belong to a result.
+
+    Args:
+        device: Where it was computed; the processor without it.
+    """
     from epdistill.export.bench import hardware
 
+    on_gpu = device is not None and device.type == "cuda"
     return {
         "epdistill": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **hardware(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
     }
 
 

@@ -283,7 +283,7 @@ def _open_folder(
         "data": describe(data),
         "model": model,
         **extra,
-        "environment": {**environment(), "processes": context.team.size},
+        "environment": {**environment(context.torch_device()), "processes": context.team.size},
     }
     if not context.team.first:
         return folder, config
