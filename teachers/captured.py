@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epdistill.teachers import fused
-from epdistill.teachers.energy import Network, Pooled, States, activate, zero_states
+from epdistill.teachers.energy import Network, Pooled, States, zero_states
 from epdistill.teachers.phase import Phase, pooled_rows, pools_at, rows_of
 from epdistill.teachers.schedule import Certificate, Nudge, Relaxed, Schedule
 
@@ -236,12 +236,7 @@ class Recorded:
 
     def _measure(self) -> None:
         phase = self._phase()
-        a = self.network.architecture.curvature
-        gaps = [
-            (activate(h, a) - s).abs_().flatten(1).amax(1)
-            for h, s in zip(phase.forces(), self.states, strict=True)
-        ]
-        self.gap.copy_(torch.stack(gaps).amax(0))
+        self.gap.copy_(phase.residual(phase.forces()))
 
     def _kept(self, work: Callable[[], None]) -> Callable[[], None]:
         """A recording of `work` that leaves the present tensors as they are."""
@@ -288,6 +283,8 @@ def recorded_for(network: Network, count: int, schedule: Schedule, nudge: Nudge 
     key = (
         network.architecture, rounded(count), schedule.kind, schedule.omega, weight.dtype,
         weight.device, None if nudge is None else bool(nudge.bound),
+        # A recording keeps the convolutions that were chosen when it was made.
+        torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     if key not in _recorded:
         while len(_recorded) >= KEPT:
