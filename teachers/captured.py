@@ -11,7 +11,8 @@ their state was taken.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -292,6 +293,25 @@ def recorded_for(network: Network, count: int, schedule: Schedule, nudge: Nudge 
         _recorded[key] = Recorded(network, rounded(count), schedule.kind, schedule.omega, nudge)
     _recorded.move_to_end(key)
     return _recorded[key]
+
+
+_allowed = True
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """No replays while a `with` lasts: what watches single operations does not see theirs."""
+    global _allowed
+    before, _allowed = _allowed, False
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+def allowed() -> bool:
+    """Whether sweeps may be replayed now."""
+    return _allowed
 
 
 def forget() -> None:

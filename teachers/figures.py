@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from epdistill.recipes import EP_CNN, Recipe
+from epdistill.teachers.captured import unrecorded
 
 # Clean test accuracies printed beside the EP-CNN's (on CIFAR-10 and CIFAR-100; the two
 # adversarial rows are l2 .5 and 1). None was found for the WCA-Net in this protocol.
@@ -40,7 +41,7 @@ def flops(model: nn.Module, images: Tensor) -> float:
     """
     training = model.training
     model.eval()
-    with FlopCounterMode(display=False) as counter:
+    with unrecorded(), FlopCounterMode(display=False) as counter:
         model(images)
     model.train(training)
     return float(counter.get_total_flops() / len(images))

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from epdistill.teachers.captured import relax_recorded
+from epdistill.teachers.captured import allowed, relax_recorded
 from epdistill.teachers.energy import Network, Pooled, States, zero_states
 from epdistill.teachers.mixed import Base, DifferencePhase, coarse_states, lowered, make_base
 from epdistill.teachers.phase import Phase, pools_at, rows_of
@@ -56,7 +56,7 @@ def is_mixed(network: Network, schedule: Schedule) -> bool:
 
 def records(network: Network, schedule: Schedule) -> bool:
     """Whether relaxations of this network under this schedule are replayed from CUDA graphs."""
-    return network.weights[0].is_cuda and not is_mixed(network, schedule)
+    return allowed() and network.weights[0].is_cuda and not is_mixed(network, schedule)
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from epdistill.data import DataSet, Split
 from epdistill.recipes import load_recipe
 from epdistill.teachers import captured, mixed, relaxation
 from epdistill.teachers.architecture import Architecture, LayerSpec
-from epdistill.teachers.captured import relax_recorded, rounded
+from epdistill.teachers.captured import allowed, relax_recorded, rounded
 from epdistill.teachers.energy import unpool_by_place
+from epdistill.teachers.figures import flops
 from epdistill.teachers.model import EPCNN
 from epdistill.teachers.relaxation import records, relax
 from epdistill.teachers.schedule import Relaxed, Schedule
@@ -101,6 +102,16 @@ def test_a_processor_records_nothing() -> None:
     assert not records(model.network(), SCHEDULE)
     model.relax(images_of(2))
     assert not captured._recorded
+
+
+def test_flops_are_those_of_sweeps_that_were_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = small_model(), images_of(3)
+    expected = flops(model, images)
+    monkeypatch.setattr(relaxation, "records", lambda *_: allowed())
+    assert flops(model, images) == expected
+    assert not captured._recorded and allowed()
+    model.relax(images)
+    assert captured._recorded
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (2, 2), (3, 3)])
