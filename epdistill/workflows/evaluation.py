@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from epdistill.robustness.suites import QuickSuite
 
 EXPORTED = "model.onnx"
-# Images that go through a model at once. Half of a GPU's memory is for the longest unroll.
+# Images that go through a model at once; a GPU would idle on fewer.
 BATCH_SIZES = {"cpu": 128, "cuda": 256}
 TEST, VALIDATION = "test", "validation"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from epdistill.cli import main
 from epdistill.console import SILENT
@@ -28,7 +29,7 @@ from epdistill.recorded.store import (
     write_record,
 )
 from epdistill.workflows.ablation import Ablated, Asked, ablate
-from epdistill.workflows.context import Context
+from epdistill.workflows.context import Context, environment
 from epdistill.workflows.keeping import keep
 
 TINY = """
@@ -225,6 +226,17 @@ def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
         assert f"records/{stem}.png)" in text
         assert (tmp_path / f"records/{stem}.png").stat().st_size > 1000
     assert str(tmp_path) not in text
+
+
+def test_a_gpu_stands_for_the_machine_it_is_in(tmp_path: Path) -> None:
+    taught = run_record("teacher", "teacher")
+    for one in (taught, run_record("student", "student")):
+        write_record(one, tmp_path / "records", DIGEST)
+    taught.content["environment"] = {**MACHINE, "gpu": "A GPU"}
+    write_record(taught, tmp_path / "records", DIGEST)
+    text = keep([], tmp_path / "records", tmp_path / "RESULTS.md").page.read_text()
+    assert "Trained on A CPU (2 cores, torch 2.14); A GPU (2 cores, torch 2.14)." in text
+    assert environment(torch.device("cpu"))["gpu"] is None
 
 
 def test_what_was_measured_of_unrecorded_runs_is_shown_too(tmp_path: Path) -> None:
