@@ -124,7 +124,8 @@ def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]
                 work()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool(device)):
+        # Other threads, as NCCL's, may ask the card meanwhile.
+        with torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
             work()
     replay: Callable[[], None] = graph.replay
     return replay
