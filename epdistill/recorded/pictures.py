@@ -76,7 +76,7 @@ def _fidelity(record: Record, folder: Path) -> dict[str, str]:
     curves = {}
     for row in record.content["rows"]:
         found = row["fidelity"]
-        if found and found.get("l2") and row["row"].startswith("distilled"):
+        if found and found.get("l2") and row["row"].startswith(("distilled", "kd")):
             images = row["seeds"][0]["fidelity"]["l2"][0]["images"]
             points = [{"eps": 0.0, **found["clean"]}, *found["l2"]]
             curves[row["row"]] = [
