@@ -149,9 +149,14 @@ class SubjectOutcome:
         """The images that some attack breaks: the worst case, (N,) bool.
 
         An image broken at a smaller radius is broken at a larger one, since the
-        smaller ball lies inside the larger. An image wrong when clean is broken.
+        smaller ball lies inside the larger. An image wrong when clean is broken. The images
+        of the published protocol count too, as this subject answers them inside [0,1].
         """
-        return self.clean_wrong | broken_by(self.attacks, norm, eps, len(self.clean_wrong))
+        broken = self.clean_wrong | broken_by(self.attacks, norm, eps, len(self.clean_wrong))
+        for cell in self.published:
+            if cell.norm == norm and cell.eps is not None and cell.eps <= eps:
+                broken = broken | cell.adaptive
+        return broken
 
     def radii(self) -> tuple[tuple[str, float], ...]:
         """The (norm, eps) pairs at which at least one attack ran, in order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -82,7 +82,8 @@ def _published_pgd(
 def run_published(ledger: Ledger, attacks: Sequence[Attack], units: Units) -> None:
     """Fill in the cells of the published protocol for one subject; the adaptive attacks are done.
 
-    A radius' adaptive cell is the worst case over the suite's attacks within it. At a
+    A radius' adaptive cell is the worst case over all attacks within it, the other cells' own
+    images included. At a
     fixed constant it is the worst case of the same attack over all views, because there is
     no radius. The published attack's own images count in both, clipped to [0,1] and judged
     by the subject itself.
@@ -122,6 +123,12 @@ def run_published(ledger: Ledger, attacks: Sequence[Attack], units: Units) -> No
             adaptive = ledger.outcome().broken(attack.norm, eps) | own
             row = (eps, None, wrong, reach, adaptive, scope, task.suite.averaged(attack, eps))
             ledger.published.append(PublishedOutcome(attack.name, attack.norm, *row))
+    # Cells were made one after the other, and a later one may have broken more.
+    found = ledger.outcome()
+    ledger.published[:] = [
+        cell if cell.eps is None else replace(cell, adaptive=found.broken(cell.norm, cell.eps))
+        for cell in ledger.published
+    ]
 
 
 def run_published_corruption(

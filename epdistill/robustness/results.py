@@ -286,5 +286,6 @@ def _temporal_cell(row: TemporalOutcome) -> dict[str, Any]:
 
 
 def _attacks_at(subject: SubjectOutcome, norm: str, eps: float) -> list[str]:
-    rows = (row for row in subject.attacks if (row.norm, row.eps) == (norm, eps))
-    return list(dict.fromkeys(row.attack for row in rows))
+    ours = [row.attack for row in subject.attacks if (row.norm, row.eps) == (norm, eps)]
+    theirs = [cell.attack for cell in subject.published if (cell.norm, cell.eps) == (norm, eps)]
+    return list(dict.fromkeys((*ours, *theirs)))

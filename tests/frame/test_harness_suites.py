@@ -284,7 +284,7 @@ def test_the_paper_suite_is_the_published_protocol():
     assert not any(suite.averaged(by_name["pgd", "linf"], eps) for eps in suite.linf)
 
 
-def test_images_of_the_published_attack_count_in_the_adaptive_cell():
+def test_images_of_the_published_attack_count_in_the_worst_case():
     # Only the published view sees; the judge of the protocol never errs, the model does.
     published = Published(Step(0.5), Step(2.0), "judged by a rock")
     subject = Subject("t", "teacher", Step(0.5), {"blind": Blind(0.5)}, published=published)
@@ -292,9 +292,14 @@ def test_images_of_the_published_attack_count_in_the_adaptive_cell():
         linf=(0.1,), l2=(), pgd=PGDSettings(1, random_start=False), cw_steps=1,
         square=SquareSettings(queries=1), constants=(), table_linf=(), corruptions=(),
     )  # fmt: skip
-    (outcome,) = evaluate([subject], *flat(115, 50), suite=suite).subjects
-    assert not outcome.broken("linf", 0.1).any()
+    found = evaluate([subject], *flat(115, 50), suite=suite)
+    (outcome,) = found.subjects
+    assert not any(row.success.any() for row in outcome.attacks)
+    assert outcome.broken("linf", 0.1).tolist() == [True, False]
+    assert not outcome.broken("linf", 0.09).any() and not outcome.broken("l2", 9.0).any()
     assert paper_cells(outcome)["pgd", 0.1] == (1.0, 0.5)
+    (worst,) = summary(found)["models"][0]["worst_case"]
+    assert worst["accuracy"] == 0.5 and worst["attacks"] == ["pgd"]
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
