@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -527,9 +528,12 @@ def test_ctrl_c_is_clean_and_resume_gives_the_same_weights(work: Path) -> None:
     command = [*teach, "--recipe", "tiny.toml", "--epochs", "40"]
     straight = subprocess.run([*command, "--out", "straight"], capture_output=True, check=False)
     assert straight.returncode == 0
+    # Whoever runs these tests in the background of a shell has handed down that it is ignored.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     child = subprocess.Popen(
-        [*command, "--out", "broken"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [*command, "--out", "broken"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=heard,
+    )  # fmt: skip
     metrics = work / "broken/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() and child.poll() is None and time.monotonic() < deadline:
