@@ -327,6 +327,11 @@ def open_run(path: Path, kind: str | None = None) -> Run:
     return Run(folder, config)
 
 
+def machine_of(environment: Mapping[str, Any], unknown: str = "-") -> str:
+    """What a run was made on, from its `environment`: the GPU, or the processor without one."""
+    return str(environment.get("gpu") or environment.get("cpu", unknown))
+
+
 def finished_runs(runs_root: Path, kind: str | None = None) -> list[Run]:
     """All readable finished runs under `runs_root`, newest first."""
     found = []

@@ -200,7 +200,7 @@ class Student(nn.Module):
         """
         weight = self.readout_weight
         head = nn.Linear(self.head.in_features, weight.shape[0], device=weight.device)
-        v = self.readout_weight.double()
+        v = weight.double()
         with torch.no_grad():
             head.weight.copy_(v @ self.head.weight.double())
             head.bias.copy_(v @ self.head.bias.double() + self.readout_bias.double())

@@ -4,8 +4,8 @@ A sweep is some forty small operations, and Python takes longer to ask for them 
 do them. Here the sweeps of a batch size are recorded in a CUDA graph that reads and writes
 tensors of its own; a relaxation copies in what it starts from, replays, and copies out. What
 is computed is what `epdistill.teachers.relaxation` computes: the same updates in the same
-order, the same certificate; settled images go on relaxing instead of leaving the batch, after
-their state was taken.
+order, the same certificate; settled images, once their state is taken, go on relaxing until
+half of the recording can be left behind.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epdistill.teachers import fused
+from epdistill.teachers.architecture import LayerSpec
 from epdistill.teachers.energy import Network, Pooled, States, zero_states
 from epdistill.teachers.phase import Phase, pooled_rows, pools_at, rows_of
 from epdistill.teachers.schedule import Certificate, Nudge, Relaxed, Schedule
@@ -82,7 +83,7 @@ class FusedPhase(Phase):
         return F.conv2d(top, weight, padding=layer.kernel - 1 - layer.padding)
 
     def red_black(self, omega: float, forces: States | None) -> None:
-        """One sweep."""
+        """One sweep; layers of a half do not touch each other, so they may move one by one."""
         depth, a = self.network.depth, self.network.architecture.curvature
         for half in (range(1, depth + 1, 2), range(2, depth + 1, 2)):
             for n in half:
@@ -94,16 +95,17 @@ class FusedPhase(Phase):
                 self.pooled[n] = self.look(n + 1)
 
 
-def turn(network: Network, n: int, weight: Tensor) -> Tensor | None:
-    """The kernel whose convolution is the transposed one of layer n, or None for strides.
+def turned(weight: Tensor) -> Tensor:
+    """The kernel whose convolution is the transposed one of `weight`, at stride 1.
 
     Libraries convolve faster than they transpose: twice as fast on an H100.
     """
-    layer = network.architecture.layers[n - 1]
-    if layer.stride != 1 or layer.padding > layer.kernel - 1:
-        return None
-    turned = weight.flip(2, 3).transpose(0, 1)
-    return turned.contiguous(memory_format=torch.channels_last)
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def turns(layer: LayerSpec) -> bool:
+    """Whether the layer's transposed convolution is a plain one of the turned kernel."""
+    return layer.stride == 1 and layer.padding < layer.kernel
 
 
 @lru_cache(maxsize=16)
@@ -136,6 +138,14 @@ def _parameters(network: Network) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
+def _copy(mine: Pooled, one: Pooled) -> None:
+    """A pooled map into the first rows of another."""
+    size = len(one.value)
+    mine.value[:size].copy_(one.value)
+    if mine.index is not None and one.index is not None:
+        mine.index[:size].copy_(one.index)
+
+
 class Recorded:
     """Sweeps of one batch size, kind of phase and schedule, and the tensors they work on.
 
@@ -159,8 +169,13 @@ class Recorded:
         ]
         self.network = Network(network.architecture, weights, biases, *readout)
         self.turned: list[Tensor | None] = [
-            None, *(turn(network, n, network.weights[n - 1]) for n in range(2, network.depth + 1))
-        ]  # fmt: skip
+            turned(weight).contiguous(memory_format=torch.channels_last)
+            if n and turns(layer)
+            else None
+            for n, (layer, weight) in enumerate(
+                zip(network.architecture.layers, network.weights, strict=True)
+            )
+        ]
         self.states = zero_states(network, count)
         self.pooled: list[Pooled] = []
         self.nudge = None if nudge is None else self._own(nudge)
@@ -187,9 +202,7 @@ class Recorded:
         if not self.pooled:
             self.pooled = [self._buffer(one) for one in pooled]
         for mine, one in zip(self.pooled, pooled, strict=True):
-            mine.value[:size].copy_(one.value)
-            if mine.index is not None and one.index is not None:
-                mine.index[:size].copy_(one.index)
+            _copy(mine, one)
         for n, state in enumerate(self.states):
             if start is None:
                 state[:size].zero_()
@@ -202,11 +215,11 @@ class Recorded:
                     number.fill_(value)
 
     def _load_weights(self, network: Network) -> None:
-        for mine, theirs in zip(_parameters(self.network), _parameters(network), strict=True):
-            mine.copy_(theirs)
-        for turned, weight in zip(self.turned, network.weights, strict=True):
-            if turned is not None:
-                turned.copy_(weight.flip(2, 3).transpose(0, 1))
+        for own, theirs in zip(_parameters(self.network), _parameters(network), strict=True):
+            own.copy_(theirs)
+        for mine, weight in zip(self.turned, network.weights, strict=True):
+            if mine is not None:
+                mine.copy_(turned(weight))
 
     def _buffer(self, one: Pooled) -> Pooled:
         def like(tensor: Tensor) -> Tensor:
@@ -215,7 +228,7 @@ class Recorded:
                 memory_format=torch.channels_last
             )
 
-        return Pooled(like(one.value), None if one.index is None else like(one.index), one.size)
+        return one.map(like)
 
     def _phase(self) -> Phase:
         return FusedPhase(
@@ -232,9 +245,7 @@ class Recorded:
         for state, new in zip(self.states, phase.states, strict=True):
             state.copy_(new)
         for mine, one in zip(self.pooled[1:], phase.pooled[1:], strict=True):
-            mine.value.copy_(one.value)
-            if mine.index is not None and one.index is not None:
-                mine.index.copy_(one.index)
+            _copy(mine, one)
 
     def _measure(self) -> None:
         phase = self._phase()
@@ -269,10 +280,7 @@ class Recorded:
         def copy(tensor: Tensor) -> Tensor:
             return tensor[:count].clone()
 
-        pools = [
-            Pooled(copy(one.value), None if one.index is None else copy(one.index), one.size)
-            for one in self.pooled[1:]
-        ]
+        pools = [one.map(copy) for one in self.pooled[1:]]
         return [copy(state) for state in self.states], [drive, *pools]
 
 

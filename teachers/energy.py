@@ -14,7 +14,7 @@ is the one whose exact coordinate minimiser is the published update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -41,6 +41,11 @@ class Pooled:
     value: Tensor
     index: Tensor | None
     size: tuple[int, int]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pooled:
+        """The same pool with both tensors changed alike."""
+        index = None if self.index is None else change(self.index)
+        return Pooled(change(self.value), index, self.size)
 
 
 @dataclass(frozen=True)

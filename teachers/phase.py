@@ -151,5 +151,4 @@ def rows_of(tensor: Tensor, index: Tensor) -> Tensor:
 
 def pooled_rows(pooled: Pooled, index: Tensor) -> Pooled:
     """Some images of a pooled map."""
-    where = None if pooled.index is None else rows_of(pooled.index, index)
-    return Pooled(rows_of(pooled.value, index), where, pooled.size)
+    return pooled.map(lambda tensor: rows_of(tensor, index))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from epdistill.page.elements import commands, paragraph, section, table
-from epdistill.runs import Run
+from epdistill.runs import Run, machine_of
 
 
 def making(runs: Sequence[Run], lines: Sequence[str]) -> str:
@@ -21,7 +21,7 @@ def making(runs: Sequence[Run], lines: Sequence[str]) -> str:
         rows.append(
             [
                 run.name,
-                str(environment.get("gpu") or environment.get("cpu", "-")),
+                machine_of(environment),
                 str(environment["torch"]),
                 str(environment["epdistill"]),
                 str(run.config["finished"])[:19].replace("T", " "),

@@ -26,7 +26,7 @@ from epdistill.recorded.tables import (
     speed_table,
     worst_table,
 )
-from epdistill.runs import atomic_write
+from epdistill.runs import atomic_write, machine_of
 
 NOTES = "notes.md"
 _NO_GRADIENTS = (
@@ -120,7 +120,7 @@ def _setting(members: Sequence[Kin]) -> str:
     recipe, data = run["recipe"], run["data"]
     channels = "-".join(map(str, recipe["teacher"]["channels"] or ()))
     machines = {
-        f"{env.get('gpu') or env['cpu']} ({env['cores']} cores, torch {env['torch']})"
+        f"{machine_of(env)} ({env['cores']} cores, torch {env['torch']})"
         for kin in members
         for one in kin.runs
         if (env := one.content.get("environment"))

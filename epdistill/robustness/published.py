@@ -83,10 +83,9 @@ def run_published(ledger: Ledger, attacks: Sequence[Attack], units: Units) -> No
     """Fill in the cells of the published protocol for one subject; the adaptive attacks are done.
 
     A radius' adaptive cell is the worst case over all attacks within it, the other cells' own
-    images included. At a
-    fixed constant it is the worst case of the same attack over all views, because there is
-    no radius. The published attack's own images count in both, clipped to [0,1] and judged
-    by the subject itself.
+    images included. At a fixed constant it is the worst case of the same attack over all
+    views, because there is no radius. The published attack's own images count in both, clipped
+    to [0,1] and judged by the subject itself.
     """
     task, subject, plan = units.task, ledger.subject, _plan(ledger)
     ledger.notes.append(f"published protocol: {plan.note}")
@@ -120,10 +119,9 @@ def run_published(ledger: Ledger, attacks: Sequence[Attack], units: Units) -> No
         for eps in task.suite.radii(attack):
             cell = Cell(attack, eps, None, model, plan.predict)
             wrong, own, reach = _cell(ledger, cell, "published", scope, units)
-            adaptive = ledger.outcome().broken(attack.norm, eps) | own
-            row = (eps, None, wrong, reach, adaptive, scope, task.suite.averaged(attack, eps))
+            row = (eps, None, wrong, reach, own, scope, task.suite.averaged(attack, eps))
             ledger.published.append(PublishedOutcome(attack.name, attack.norm, *row))
-    # Cells were made one after the other, and a later one may have broken more.
+    # Only now is it known what all cells break.
     found = ledger.outcome()
     ledger.published[:] = [
         cell if cell.eps is None else replace(cell, adaptive=found.broken(cell.norm, cell.eps))

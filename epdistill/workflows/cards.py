@@ -15,7 +15,7 @@ from epdistill.disk import alone
 from epdistill.errors import EpdistillError
 from epdistill.loading import model_name
 from epdistill.recipes import EP_CNN
-from epdistill.runs import CARD, CONFIG, FILES, Run, open_run, write_together
+from epdistill.runs import CARD, CONFIG, FILES, Run, machine_of, open_run, write_together
 from epdistill.sealed import seal
 from epdistill.workflows.card_evidence import evidence_sections, limits, making
 from epdistill.workflows.card_front import (
@@ -117,7 +117,7 @@ def _training(run: Run) -> list[str]:
         lines += _student(run)
         section = recipe["student"]
     environment = config["environment"]
-    machine = environment.get("gpu") or environment.get("cpu", "unknown")
+    machine = machine_of(environment, "unknown")
     lines += [
         f"| data | {data_name(run)}: {data['train_images']} training, "
         f"{data['validation_images']} validation and {data['test_images']} test images, "

@@ -57,7 +57,7 @@ def test_batches_are_rounded_up_to_few_sizes() -> None:
 
 def test_images_leave_the_batch_as_they_settle_and_come_back_in_order() -> None:
     model, images = small_model(), images_of(33)
-    expected, found = relax(model.network(), model.normalise(images), SCHEDULE), None
+    expected = relax(model.network(), model.normalise(images), SCHEDULE)
     found = replayed(model, images)
     assert len(set(expected.certificate.sweeps.tolist())) > 2
     assert len({key[1] for key in captured._recorded}) > 1
