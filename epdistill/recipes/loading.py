@@ -23,6 +23,7 @@ BUNDLED = (
     "cifar10-small",
     "cifar10-fast",
     "cifar10-gpu",
+    "cifar100-gpu",
     "default",
 )
 PREFIX = "EPDISTILL__"
