@@ -77,6 +77,7 @@ def bench(
     rounds: int = 200,
     threads: int | None = None,
     compiled: bool = True,
+    beside: Sequence[Place] = (),
     out: Place | None = None,
     runs: Place = RUNS,
     data_root: Place | None = None,
@@ -91,6 +92,7 @@ def bench(
         rounds: Most rounds.
         threads: Of torch and onnxruntime; torch's own number without it.
         compiled: Also time the student under torch.compile.
+        beside: Further exported runs, also of baselines, that are timed in the same rounds.
         out, runs, data_root, quiet: See the module.
 
     Returns:
@@ -106,6 +108,7 @@ def bench(
         rounds=rounds,
         threads=threads,
         compiled=compiled,
+        beside=paths_of(beside),
     )
 
 

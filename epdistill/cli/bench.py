@@ -25,8 +25,9 @@ def bench(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[dynamics|distill|serve|load] [RUN]",
-            help="A student's run, the newest without it; after dynamics or distill a teacher's, "
+            metavar="[dynamics|distill|serve|load] [RUN]...",
+            help="A student's run, the newest without it, and exported runs to time beside it; "
+            "after dynamics or distill a teacher's, "
             "the small one that comes with the package without it; after serve or load an "
             "exported file, the newest without it.",
         ),
@@ -65,7 +66,7 @@ def bench(
 
     rest = list(words or [])
     about = rest.pop(0) if rest and rest[0] in TOPICS else ""
-    if len(rest) > 1:
+    if len(rest) > 1 and (about or recipe):
         raise RecipeError(f"received {len(rest)} runs ({' '.join(rest)}); expected one at most")
     run = Path(rest[0]) if rest else None
     chosen = with_student(recipe, student)
@@ -114,7 +115,7 @@ def bench(
 
     done = work(
         context, run=run, recipe=chosen, out=out, rounds=rounds or 200, threads=threads,
-        compiled=compiled,
+        compiled=compiled, beside=[Path(other) for other in rest[1:]],
     )  # fmt: skip
     if json:
         emit_json({"bench": str(done.folder / "bench.json"), **done.content})

@@ -158,5 +158,5 @@ def _ablation(content: Mapping[str, Any]) -> Record:
 
 def _bench(content: Mapping[str, Any]) -> Record:
     models = str(without_paths(content["models"]))
-    command = shlex.join(["epdistill", "bench", models])
+    command = shlex.join(["epdistill", "bench", models, *content.get("beside", [])])
     return Record(BENCH, models, command, content["hardware"], content)

@@ -155,9 +155,12 @@ def _latencies(records: Sequence[Record]) -> list[tuple[str, str, float]]:
             "int8": f"{record.name}/model-int8.onnx",
         }
         for row in record.content["rows"]:
-            name = names.get(_ROLES.get(row["name"], ""))
+            who, _, how = row["name"].partition(", ")
+            if who in record.content.get("beside", ()):
+                name = f"{who}/model-int8.onnx" if how == INT8.partition(", ")[2] else who
+            else:
+                name = names.get(_ROLES.get(row["name"], ""))
             if row["batch_size"] == 1 and name is not None:
-                how = row["name"].partition(", ")[2]
                 found.append((name, how, 1e3 * row["seconds_per_batch"]["median"]))
     # A teacher is timed again beside every student of it.
     return list({(name, how): (name, how, ms) for name, how, ms in reversed(found)}.values())[::-1]

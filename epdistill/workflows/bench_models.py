@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from epdistill.data import DataSet, to_float
 from epdistill.errors import RunError
 from epdistill.loading import load_epcnn, load_student
 from epdistill.recipes import Recipe
-from epdistill.runs import newest_run, open_run
+from epdistill.runs import Run, newest_run, open_run
 from epdistill.workflows.context import Context, require_finished
 from epdistill.workflows.deployment import reduced_file
 from epdistill.workflows.evaluation import EXPORTED, exported_file
@@ -33,6 +34,32 @@ INT8 = "student, onnxruntime int8"
 
 
 @dataclass(frozen=True)
+class Rival:
+    """An exported file of another run, timed in the same rounds.
+
+    Attributes:
+        name: Of its run.
+        how: `onnxruntime` or `onnxruntime int8`.
+        onnx: The file, opened.
+        flops: Operations per image, as its run counted them.
+        parameters: Learnt numbers.
+        size: Bytes of the file.
+    """
+
+    name: str
+    how: str
+    onnx: OnnxClassifier
+    flops: float
+    parameters: int
+    size: int
+
+    @property
+    def contender(self) -> str:
+        """What it is called in the results."""
+        return f"{self.name}, {self.how}"
+
+
+@dataclass(frozen=True)
 class Timed:
     """The models.
 
@@ -45,6 +72,7 @@ class Timed:
         images: float32 (N, C, H, W) in [0,1].
         sizes: Bytes of the exported files by contender.
         path: The student's run; None for untrained networks.
+        rivals: Exported files of other runs.
     """
 
     label: str
@@ -55,21 +83,72 @@ class Timed:
     images: Tensor
     sizes: dict[str, int]
     path: Path | None = None
+    rivals: tuple[Rival, ...] = ()
 
 
-def trained(context: Context, run: Path | None, threads: int) -> Timed:
-    """The models of a student's run."""
+def _exported(run: Run) -> Path:
+    """A finished run's exported file."""
+    path = exported_file(require_finished(run))
+    if not path.is_file():
+        raise RunError(
+            f"{run.path} has no {EXPORTED}; expected an exported run: "
+            f"type `epdistill export {run.path}` first"
+        )
+    return path
+
+
+def rivals_of(run: Run, threads: int) -> list[Rival]:
+    """The exported file of a run, and its int8 version where there is one.
+
+    Raises:
+        RunError: The run is unfinished, or was not exported.
+    """
+    from epdistill.export.manifest import INT8 as PRECISION
+    from epdistill.export.runtime import OnnxClassifier
+
+    path, results = _exported(run), run.config["results"]
+    files = {ONNX: path, INT8: reduced_file(path, PRECISION)}
+    return [
+        Rival(
+            run.name, name.partition(", ")[2], OnnxClassifier.open_checked(file, threads=threads),
+            results["flops"], results["parameters"], file.stat().st_size,
+        )
+        for name, file in files.items()
+        if file.is_file()
+    ]  # fmt: skip
+
+
+def trained(context: Context, run: Path | None, threads: int, beside: Sequence[Path] = ()) -> Timed:
+    """The models of a student's run.
+
+    Args:
+        context: Folders.
+        run: The run; the newest student's without it.
+        threads: Of onnxruntime.
+        beside: Further runs, of whatever kind, whose exported files are timed too.
+
+    Raises:
+        RunError: A run is unfinished or was not exported, two have one name, or one takes
+            images of another size.
+    """
     from epdistill.export.manifest import INT8 as PRECISION
     from epdistill.export.runtime import OnnxClassifier
 
     source = open_run(run, "student") if run else newest_run(context.runs, "student")
-    require_finished(source)
-    path = exported_file(source)
-    if not path.is_file():
-        raise RunError(
-            f"{source.path} has no {EXPORTED}; expected an exported student: "
-            f"type `epdistill export {source.path}` first"
-        )
+    path = _exported(source)
+    others = [open_run(other) for other in beside]
+    for number, other in enumerate(others):
+        if other.name in {source.name, *(before.name for before in others[:number])}:
+            raise RunError(f"two runs are called {other.name}; expected names that tell them apart")
+        shapes = [
+            [one.config["data"][key] for key in ("channels", "image_size")]
+            for one in (source, other)
+        ]
+        if shapes[0] != shapes[1]:
+            raise RunError(
+                f"{other.path} takes images of {shapes[1][0]} channels and {shapes[1][1]} pixels; "
+                f"expected {shapes[0][0]} and {shapes[0][1]}, as {source.path}"
+            )
     int8: OnnxClassifier | str = f"no int8 file: type `epdistill export {source.path} --int8`"
     quantised, sizes = reduced_file(path, PRECISION), {ONNX: path.stat().st_size}
     if quantised.is_file():
@@ -84,6 +163,7 @@ def trained(context: Context, run: Path | None, threads: int) -> Timed:
         to_float(context.data_of(source).test.images[: max(BATCH_SIZES)]),
         sizes,
         source.path,
+        tuple(rival for other in others for rival in rivals_of(other, threads)),
     )
 
 

@@ -59,6 +59,7 @@ def bench(
     max_seconds: float = 20.0,
     threads: int | None = None,
     compiled: bool = False,
+    beside: Sequence[Path] = (),
 ) -> Benched:
     """Time teacher, student and exported student per image, interleaved, in one run.
 
@@ -71,12 +72,13 @@ def bench(
         max_seconds: Time spent per contender and batch size, roughly.
         threads: Of torch and of onnxruntime; torch's present number without it.
         compiled: Also time the student under torch.compile.
+        beside: Exported runs, of students or baselines, that are timed in the same rounds.
     """
     from epdistill.export.bench import bench as run_bench
     from epdistill.export.bench import to_json
 
     with _pinned(threads or torch.get_num_threads()) as pinned:
-        models = untrained(recipe, pinned) if recipe else trained(context, run, pinned)
+        models = untrained(recipe, pinned) if recipe else trained(context, run, pinned, beside)
         contenders, skipped = _contenders(models, compiled)
         with context.reporter.bar("bench", 1):
             rows = run_bench(
@@ -90,6 +92,7 @@ def bench(
         content = {
             "schema_version": SCHEMA_VERSION,
             "models": models.label,
+            "beside": list(dict.fromkeys(rival.name for rival in models.rivals)),
             "settling": _settling_facts(models),
             "parameters": {
                 "teacher": sum(p.numel() for p in models.teacher.parameters()),
@@ -145,6 +148,7 @@ def _contenders(models: Timed, compiled: bool) -> tuple[list[Contender], list[di
             skipped.append({"what": name, "why": found})
         else:
             contenders.append(found)
+    contenders += [on_runtime(rival.onnx, rival.contender) for rival in models.rivals]
     return [*contenders, matrix_contender()], skipped
 
 
@@ -169,7 +173,19 @@ def _facts(models: Timed, contenders: Sequence[Contender]) -> dict[str, dict[str
             "size_bytes": models.sizes.get(name, weights),
         }
 
-    return {item.name: fact(item.name) for item in contenders if item.name != MATRIX}
+    rivals = {
+        rival.contender: {
+            "flops_per_image": rival.flops,
+            "parameters": rival.parameters,
+            "size_bytes": rival.size,
+        }
+        for rival in models.rivals
+    }
+    return {
+        item.name: rivals.get(item.name) or fact(item.name)
+        for item in contenders
+        if item.name != MATRIX
+    }
 
 
 def _with_rates(rows: Sequence[BenchRow], facts: dict[str, Any], to_json: Any) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from epdistill.cli import main
+from epdistill.console import SILENT
 from epdistill.data import load, to_float
+from epdistill.errors import RunError
 from epdistill.export import quantise
 from epdistill.export.manifest import manifest_path, read_manifest
 from epdistill.export.reduced import Reduced
@@ -21,6 +23,8 @@ from epdistill.export.runtime import OnnxClassifier
 from epdistill.loading import load_epcnn, load_student
 from epdistill.runs import open_run, write_json
 from epdistill.sealed import read_sealed
+from epdistill.workflows.benchmark import bench
+from epdistill.workflows.context import Context
 from epdistill.workflows.measured import newest_robustness
 
 RECIPE = """
@@ -226,6 +230,7 @@ def test_bench_times_everybody_under_documented_keys(work: Path, epd: Call, docu
         assert row["matrix_share"] == pytest.approx(flops / rate)
     assert (folder / "bench.png").stat().st_size > 10_000 and (folder / "bench.svg").is_file()
     described = document("bench-schema.md", "bench.json")
+    assert content["beside"] == []
     assert not described.unknown(content) and not described.missing(content)
     medians = {
         (row["name"], row["batch_size"]): row["seconds_per_batch"]["median"]
@@ -239,6 +244,39 @@ def test_bench_times_everybody_under_documented_keys(work: Path, epd: Call, docu
         size = row["batch_size"]
         ratio = medians[row["to"], size] / medians[row["name"], size]
         assert row["speedup"] == pytest.approx(ratio)
+
+
+def test_bench_times_other_exported_runs_beside(work: Path, epd: Call) -> None:
+    student, rival = "runs/tiny-cnn-001", "runs/tiny-bp-cnn-001"
+    epd("export", student)
+    done = epd("export", rival, "--int8", "--max-drop", "100")
+    content = epd("bench", student, rival, "--rounds", "3", "--threads", "1", "--no-compile")
+    assert content["models"] == "tiny-cnn-001" and content["beside"] == ["tiny-bp-cnn-001"]
+    facts = {name: content["contenders"][f"tiny-bp-cnn-001, {name}"] for name in
+             ("onnxruntime", "onnxruntime int8")}  # fmt: skip
+    assert {row["name"] for row in content["rows"]} == content["contenders"].keys()
+    assert facts["onnxruntime"]["size_bytes"] == done["size_bytes"]
+    assert facts["onnxruntime int8"]["size_bytes"] == done["reduced"][0]["size_bytes"]
+    assert (
+        facts["onnxruntime"]["flops_per_image"] == open_run(Path(rival)).config["results"]["flops"]
+    )
+
+
+def test_what_cannot_be_timed_beside_is_refused(work: Path, epd: Call) -> None:
+    context = Context(reporter=SILENT)
+    student, rival = work / "runs/tiny-cnn-001", work / "runs/tiny-bp-cnn-001"
+    epd("export", str(student))
+    with pytest.raises(RunError, match=r"tiny-bp-cnn-001 has no model\.onnx"):
+        bench(context, run=student, beside=[rival])
+    with pytest.raises(RunError, match="two runs are called tiny-cnn-001"):
+        bench(context, run=student, beside=[student])
+    epd("export", str(rival))
+    config = json.loads((rival / "config.json").read_text())
+    del config["self_sha256"]
+    config["data"]["channels"] = 3
+    write_json(rival / "config.json", config)
+    with pytest.raises(RunError, match="images of 3 channels and 8 pixels; expected 1 and 8"):
+        bench(context, run=student, beside=[rival])
 
 
 def test_the_price_of_a_teacher_under_documented_keys(

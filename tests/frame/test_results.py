@@ -228,6 +228,22 @@ def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
+def test_runs_that_were_timed_beside_are_points_of_the_front(tmp_path: Path) -> None:
+    folder, timed, judged = filled(tmp_path / "records"), bench_record(), evaluation_record()
+    timed.content["beside"] = ["rival"]
+    model = judged.content["models"][-1]
+    for name, how in (("rival", "onnxruntime"), ("rival/model-int8.onnx", "onnxruntime int8")):
+        row = {**timed.content["rows"][-1], "name": f"rival, {how}"}
+        timed.content["rows"].append(row)
+        judged.content["models"].append({**model, "name": name})
+    for record in (timed, judged):
+        write_record(record, folder, DIGEST)
+    keep([], folder, tmp_path / "RESULTS.md")
+    drawn = (folder / "evaluation-paper-001-front.svg").read_text()
+    for words in ("rival (onnxruntime)", "rival/model-int8.onnx (onnxruntime int8)"):
+        assert words in drawn
+
+
 def test_a_gpu_stands_for_the_machine_it_is_in(tmp_path: Path) -> None:
     taught = run_record("teacher", "teacher")
     for one in (taught, run_record("student", "student")):
