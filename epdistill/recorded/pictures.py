@@ -19,6 +19,7 @@ from epdistill.robustness.pictures.style import (
 )
 from epdistill.robustness.shares import ball
 from epdistill.workflows.bench_models import INT8, ONNX, PUBLISHED, SETTLED
+from epdistill.workflows.evaluation import TEST
 
 # The radius at which speed is set against robustness.
 FRONT = 0.308503
@@ -40,6 +41,8 @@ def draw_all(records: Sequence[Record], titles: Mapping[str, str], folder: Path)
     drawn: dict[str, str] = {}
     for record in of_kind(records, ABLATION):
         drawn |= _curves(record, folder)
+        if record.content["split"] == TEST:
+            drawn |= _front(record, records, titles, folder)
     for record in of_kind(records, EVALUATION):
         drawn |= _front(record, records, titles, folder)
         drawn |= _horizons(record, titles, folder)
@@ -127,28 +130,39 @@ def _horizons(record: Record, titles: Mapping[str, str], folder: Path) -> dict[s
 
 
 def _at_front(record: Record) -> tuple[float, dict[str, Mapping[str, Any]]]:
-    """The L2 radius of an evaluation nearest to the front's, and there by model the worst case."""
-    rows = [
-        (model["name"], case)
-        for model in record.content["models"]
-        for case in model["worst_case"]
-        if case["norm"] == L2
-    ]
+    """The L2 radius nearest to the front's, and there by model the worst case."""
+    if record.kind == ABLATION:
+        found = [
+            (Path(row["seeds"][0]["run"]).name, case)
+            for row in record.content["rows"]
+            for case in row["mean"]
+        ]
+    else:
+        found = [
+            (model["name"], case)
+            for model in record.content["models"]
+            for case in model["worst_case"]
+        ]
+    rows = [(name, case) for name, case in found if case["norm"] == L2]
     if not rows:
         return FRONT, {}
     eps = min((case["eps"] for _, case in rows), key=lambda radius: abs(radius - FRONT))
     return float(eps), {name: case for name, case in rows if case["eps"] == eps}
 
 
-def _latencies(records: Sequence[Record]) -> list[tuple[str, str, float]]:
+def _machine(record: Record) -> str:
+    """What timings must share to be compared."""
+    hardware = record.hardware or {}
+    return f"{hardware.get('cpu', '')}, {hardware.get('torch_threads', '')} thread(s)"
+
+
+def _latencies(benches: Sequence[Record], runs: Sequence[Record]) -> list[tuple[str, str, float]]:
     """Of what was timed at batch 1: the model's name, how it ran, milliseconds."""
     taught_by = {
-        run.name: run.content["teacher"]["name"]
-        for run in of_kind(records, RUN)
-        if "teacher" in run.content
+        run.name: run.content["teacher"]["name"] for run in runs if "teacher" in run.content
     }
     found = []
-    for record in of_kind(records, BENCH):
+    for record in benches:
         names = {
             "teacher": taught_by.get(record.name),
             "student": record.name,
@@ -170,13 +184,23 @@ def _latencies(records: Sequence[Record]) -> list[tuple[str, str, float]]:
 def _front(
     record: Record, records: Sequence[Record], titles: Mapping[str, str], folder: Path
 ) -> dict[str, str]:
-    """Milliseconds per image at batch 1 against the worst case: one point per contender."""
+    """Milliseconds per image at batch 1 against the worst case: one point per contender.
+
+    All on one machine: that on which most of them were timed.
+    """
     eps, robust = _at_front(record)
-    points = [
-        (f"{titles.get(name, name)} ({how})", ms, robust[name])
-        for name, how, ms in _latencies(records)
-        if name in robust
-    ]
+    timed: dict[str, list[Record]] = {}
+    for bench in of_kind(records, BENCH):
+        timed.setdefault(_machine(bench), []).append(bench)
+    by_machine = {
+        machine: [
+            (f"{titles.get(name, name)} ({how})", ms, robust[name])
+            for name, how, ms in _latencies(benches, of_kind(records, RUN))
+            if name in robust
+        ]
+        for machine, benches in timed.items()
+    }
+    machine, points = max(by_machine.items(), key=lambda item: len(item[1]), default=("", []))
     if len(points) < 2:
         return {}
     figure, (axes,) = panels(1, 5.6, 3.6, across=1)
@@ -203,12 +227,7 @@ def _front(
     axes.set_ylim(bottom=-2)
     axes.grid(visible=True)
     legend_below(figure, handles, [title for title, _, _ in points])
-    hardware = of_kind(records, BENCH)[0].hardware or {}
-    note_below(
-        figure,
-        f"{hardware.get('cpu', '')}, {hardware.get('torch_threads', '')} thread(s); "
-        f"{record.content['n']} images",
-    )
+    note_below(figure, f"{machine}; {points[0][2]['n']} images")
     title_above(figure, "Speed against robustness")
     stem = f"{record.stem}-front"
     save(figure, folder / stem)

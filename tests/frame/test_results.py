@@ -319,6 +319,26 @@ def test_an_ablation_is_recorded_with_its_runs(done: Ablated, tmp_path: Path) ->
     assert again.records == kept.records
 
 
+def test_the_front_of_an_ablation_is_that_of_one_machine(done: Ablated, tmp_path: Path) -> None:
+    folder, page = tmp_path / "records", tmp_path / "RESULTS.md"
+    keep([done.folder.parent], folder, page)
+    (ablation,) = (one for one in read_records(folder) if one.kind == ABLATION)
+    runs = {row["row"]: Path(row["seeds"][0]["run"]).name for row in ablation.content["rows"]}
+    timed = bench_record().content
+    here = Record(BENCH, runs["distilled"], "epdistill bench", MACHINE, timed)
+    alone = {**timed, "rows": timed["rows"][-1:]}
+    there = Record(BENCH, runs["ce"], "epdistill bench", {**MACHINE, "cpu": "Other"}, alone)
+    for record in (here, there):
+        write_record(record, folder, DIGEST)
+    assert not any(stem.endswith("-front") for stem in keep([], folder, page).pictures)
+    ablation.content["split"] = "test"
+    write_record(ablation, folder, DIGEST)
+    keep([], folder, page)
+    drawn = (folder / f"{ablation.stem}-front.svg").read_text()
+    assert "A CPU, 1 thread(s); 10 images" in drawn and "Other" not in drawn
+    assert "(published 250 sweeps)" in drawn and "(onnxruntime)" in drawn
+
+
 def test_pictures_of_examples_come_along(done: Ablated, tmp_path: Path) -> None:
     source = next((done.folder / "models").iterdir())
     assert list(source.glob("examples-*.png"))
