@@ -66,7 +66,7 @@ def bench(
 
     rest = list(words or [])
     about = rest.pop(0) if rest and rest[0] in TOPICS else ""
-    if len(rest) > 1 and (about or recipe):
+    if about and len(rest) > 1:
         raise RecipeError(f"received {len(rest)} runs ({' '.join(rest)}); expected one at most")
     run = Path(rest[0]) if rest else None
     chosen = with_student(recipe, student)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from epdistill.errors import RecipeError
 from epdistill.recipes import Recipe
 from epdistill.runs import new_run_folder, write_json
 from epdistill.workflows.bench_models import (
@@ -73,10 +74,17 @@ def bench(
         threads: Of torch and of onnxruntime; torch's present number without it.
         compiled: Also time the student under torch.compile.
         beside: Exported runs, of students or baselines, that are timed in the same rounds.
+
+    Raises:
+        RecipeError: Both a recipe and runs are given.
+        RunError: A run is unfinished or was not exported, two have one name, or they take
+            images of different sizes.
     """
     from epdistill.export.bench import bench as run_bench
     from epdistill.export.bench import to_json
 
+    if recipe and (run or beside):
+        raise RecipeError("a recipe's untrained networks are timed alone; expected no runs")
     with _pinned(threads or torch.get_num_threads()) as pinned:
         models = untrained(recipe, pinned) if recipe else trained(context, run, pinned, beside)
         contenders, skipped = _contenders(models, compiled)
