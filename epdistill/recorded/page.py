@@ -215,7 +215,7 @@ def _bench(record: Record, named: Mapping[str, str]) -> list[str]:
         "",
         f"{hardware['cpu']}, {hardware['torch_threads']} thread(s), torch {hardware['torch']}, "
         f"onnxruntime {hardware['onnxruntime']}; interleaved rounds.",
-        *speed_table(content),
+        *speed_table(content, named),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,9 @@ def _front(
     All on one machine: that on which most of them were timed.
     """
     eps, robust = _at_front(record)
+    if record.kind == ABLATION:
+        rows = record.content["rows"]
+        titles = {Path(row["seeds"][0]["run"]).name: row["row"] for row in rows} | dict(titles)
     timed: dict[str, list[Record]] = {}
     for bench in of_kind(records, BENCH):
         timed.setdefault(_machine(bench), []).append(bench)
@@ -222,6 +226,10 @@ def _front(
         handles.append(line[0])
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    # Whole decades: two of the labelled ticks at least.
+    times = [math.log10(ms) for _, ms, _ in points]
+    axes.set_xlim(10 ** math.floor(min(times) - 0.05), 10 ** math.ceil(max(times) + 0.05))
     axes.set_xlabel("ms per image at batch 1 (median)")
     axes.set_ylabel(f"accuracy (%) under the worst attack, {ball(L2, eps)}")
     axes.set_ylim(bottom=-2)

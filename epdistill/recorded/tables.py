@@ -334,8 +334,14 @@ def worst_table(record: Record, titles: Mapping[str, str]) -> list[str]:
     return _measured(head, body)
 
 
-def speed_table(content: Mapping[str, Any]) -> list[str]:
+def speed_table(content: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
     """Milliseconds per image and times the published teacher, by batch size."""
+
+    def shown(contender: str) -> str:
+        run, comma, how = contender.partition(", ")
+        beside = run in content.get("beside", ())
+        return f"{named.get(run, run)}{comma}{how}" if beside else contender
+
     ratios = {(row["name"], row["batch_size"]): row for row in content["ratios"]}
     body = []
     for row in content["rows"]:
@@ -344,7 +350,7 @@ def speed_table(content: Mapping[str, Any]) -> list[str]:
         times = ratios.get(key)
         body.append(
             [
-                row["name"],
+                shown(row["name"]),
                 str(key[1]),
                 f"{seconds['median']:.3g} ({seconds['q25']:.3g}-{seconds['q75']:.3g})",
                 NOTHING if times is None else _times(times),

@@ -236,11 +236,12 @@ def test_runs_that_were_timed_beside_are_points_of_the_front(tmp_path: Path) -> 
         row = {**timed.content["rows"][-1], "name": f"rival, {how}"}
         timed.content["rows"].append(row)
         judged.content["models"].append({**model, "name": name})
-    for record in (timed, judged):
+    for record in (timed, judged, run_record("rival", "teacher")):
         write_record(record, folder, DIGEST)
-    keep([], folder, tmp_path / "RESULTS.md")
+    text = keep([], folder, tmp_path / "RESULTS.md").page.read_text()
+    assert "| EP-CNN, onnxruntime int8 | 1 | 1 (1-1) |" in text
     drawn = (folder / "evaluation-paper-001-front.svg").read_text()
-    for words in ("rival (onnxruntime)", "rival/model-int8.onnx (onnxruntime int8)"):
+    for words in ("EP-CNN (onnxruntime)", "rival/model-int8.onnx (onnxruntime int8)"):
         assert words in drawn
 
 
