@@ -19,13 +19,18 @@ from epdistill.teachers.schedule import Schedule
 FOLDER = SHIPPED
 
 
+def shipped_folder() -> Path:
+    """Where the teacher lies that comes with the package; nothing is written there."""
+    return Path(__file__).parent / FOLDER
+
+
 def named(run: Path) -> Path:
     """The run that a user means: `shipped` is the one that comes with the package.
 
     Args:
         run: As typed; a folder of that name in the current folder comes first.
     """
-    return or_shipped(run, Path(__file__).parent / FOLDER)
+    return or_shipped(run, shipped_folder())
 
 
 def shipped_teacher() -> tuple[EPCNN, dict[str, Any]]:

@@ -60,14 +60,18 @@ def refresh(path: Path, runs: Path, *also: Path) -> None:
     """Write the card of a run anew, with everything that is known by now.
 
     A run that is not finished, damaged, not ours to write or just being written by another
-    process, and a card that was edited by hand, are left as they are: a card is never worth
-    an error. Its digest in config.json changes with it.
+    process, what comes with the package, and a card that was edited by hand, are left as they
+    are: a card is never worth an error. Its digest in config.json changes with it.
 
     Args:
         path: The run's folder.
         runs: In whose folders evaluations and timings lie.
         also: Further such folders.
     """
+    from epdistill.teachers.pretrained import shipped_folder
+
+    if path.resolve() == shipped_folder().resolve():
+        return
     with suppress(EpdistillError, OSError, UnicodeDecodeError), alone(path) as ours:
         run = open_run(path)
         written = (run.path / CARD).read_text() if (run.path / CARD).is_file() else ""

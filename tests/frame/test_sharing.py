@@ -20,6 +20,7 @@ from epdistill.loading import load_student, load_teacher
 from epdistill.recipes import load_recipe
 from epdistill.runs import CARD, Run, open_run
 from epdistill.sealed import KEY, read_sealed
+from epdistill.teachers.pretrained import shipped_folder
 from epdistill.workflows.cards import card, refresh
 from epdistill.workflows.checking import INTACT, check
 from epdistill.workflows.commands import ablation_command, training_command
@@ -140,6 +141,12 @@ def test_an_edited_card_stays_and_a_licence_is_kept(runs: Path) -> None:
     path.unlink()
     refresh(path.parent, runs)
     assert "license: unknown" in path.read_text()
+
+
+def test_the_teacher_of_the_package_is_left_as_it_came(tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in shipped_folder().iterdir()}
+    refresh(shipped_folder(), tmp_path)
+    assert {path: path.read_bytes() for path in shipped_folder().iterdir()} == before
 
 
 def test_damaged_timings_do_not_count(runs: Path) -> None:
