@@ -24,13 +24,9 @@ from epdistill.workflows.evaluation import TEST
 
 # The radius at which speed is set against robustness.
 FRONT = 0.308503
-# Contenders of bench.json and what they are short for.
-_ROLES = {
-    PUBLISHED: "teacher",
-    SETTLED: "teacher",
-    ONNX: "student",
-    INT8: "int8",
-}
+# How the contenders of bench.json ran that are worth a point.
+_HOW = {name.partition(", ")[2] for name in (PUBLISHED, SETTLED, ONNX, INT8)}
+_INT8 = INT8.partition(", ")[2]
 
 
 def draw_all(records: Sequence[Record], titles: Mapping[str, str], folder: Path) -> dict[str, str]:
@@ -130,14 +126,15 @@ def _horizons(record: Record, titles: Mapping[str, str], folder: Path) -> dict[s
     return drawn
 
 
+def _by_run(record: Record) -> dict[str, Mapping[str, Any]]:
+    """The rows of an ablation by the run of their first seed."""
+    return {Path(row["seeds"][0]["run"]).name: row for row in record.content["rows"]}
+
+
 def _at_front(record: Record) -> tuple[float, dict[str, Mapping[str, Any]]]:
     """The L2 radius nearest to the front's, and there by model the worst case."""
     if record.kind == ABLATION:
-        found = [
-            (Path(row["seeds"][0]["run"]).name, case)
-            for row in record.content["rows"]
-            for case in row["mean"]
-        ]
+        found = [(name, case) for name, row in _by_run(record).items() for case in row["mean"]]
     else:
         found = [
             (model["name"], case)
@@ -164,18 +161,13 @@ def _latencies(benches: Sequence[Record], runs: Sequence[Record]) -> list[tuple[
     }
     found = []
     for record in benches:
-        names = {
-            "teacher": taught_by.get(record.name),
-            "student": record.name,
-            "int8": f"{record.name}/model-int8.onnx",
-        }
+        beside = {run: run for run in record.content.get("beside", ())}
+        runs_of = {"teacher": taught_by.get(record.name), "student": record.name, **beside}
         for row in record.content["rows"]:
             who, _, how = row["name"].partition(", ")
-            if who in record.content.get("beside", ()):
-                name = f"{who}/model-int8.onnx" if how == INT8.partition(", ")[2] else who
-            else:
-                name = names.get(_ROLES.get(row["name"], ""))
-            if row["batch_size"] == 1 and name is not None:
+            run = runs_of.get(who)
+            if row["batch_size"] == 1 and how in _HOW and run is not None:
+                name = f"{run}/model-int8.onnx" if how == _INT8 else run
                 found.append((name, how, 1e3 * row["seconds_per_batch"]["median"]))
     # A teacher is timed again beside every student of it.
     return list({(name, how): (name, how, ms) for name, how, ms in reversed(found)}.values())[::-1]
@@ -191,8 +183,7 @@ def _front(
     """
     eps, robust = _at_front(record)
     if record.kind == ABLATION:
-        rows = record.content["rows"]
-        titles = {Path(row["seeds"][0]["run"]).name: row["row"] for row in rows} | dict(titles)
+        titles = {name: row["row"] for name, row in _by_run(record).items()} | dict(titles)
     timed: dict[str, list[Record]] = {}
     for bench in of_kind(records, BENCH):
         timed.setdefault(_machine(bench), []).append(bench)

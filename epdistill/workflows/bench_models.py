@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,25 +38,16 @@ class Rival:
     """An exported file of another run, timed in the same rounds.
 
     Attributes:
-        name: Of its run.
-        how: `onnxruntime` or `onnxruntime int8`.
+        run: The name of its run.
+        contender: What it is called in the results.
         onnx: The file, opened.
-        flops: Operations per image, as its run counted them.
-        parameters: Learnt numbers.
-        size: Bytes of the file.
+        facts: Of the contender, as in bench.json; operations as its run counted them.
     """
 
-    name: str
-    how: str
+    run: str
+    contender: str
     onnx: OnnxClassifier
-    flops: float
-    parameters: int
-    size: int
-
-    @property
-    def contender(self) -> str:
-        """What it is called in the results."""
-        return f"{self.name}, {self.how}"
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,36 +77,41 @@ class Timed:
     rivals: tuple[Rival, ...] = ()
 
 
-def _exported(run: Run) -> Path:
-    """A finished run's exported file."""
+def _opened(run: Run, threads: int) -> dict[str, tuple[OnnxClassifier, int]]:
+    """A finished run's exported file and its int8 version where there is one, with their bytes."""
+    from epdistill.export.manifest import INT8 as PRECISION
+    from epdistill.export.runtime import OnnxClassifier
+
     path = exported_file(require_finished(run))
     if not path.is_file():
         raise RunError(
             f"{run.path} has no {EXPORTED}; expected an exported run: "
             f"type `epdistill export {run.path}` first"
         )
-    return path
-
-
-def rivals_of(run: Run, threads: int) -> list[Rival]:
-    """The exported file of a run, and its int8 version where there is one.
-
-    Raises:
-        RunError: The run is unfinished, or was not exported.
-    """
-    from epdistill.export.manifest import INT8 as PRECISION
-    from epdistill.export.runtime import OnnxClassifier
-
-    path, results = _exported(run), run.config["results"]
     files = {ONNX: path, INT8: reduced_file(path, PRECISION)}
-    return [
-        Rival(
-            run.name, name.partition(", ")[2], OnnxClassifier.open_checked(file, threads=threads),
-            results["flops"], results["parameters"], file.stat().st_size,
-        )
+    return {
+        name: (OnnxClassifier.open_checked(file, threads=threads), file.stat().st_size)
         for name, file in files.items()
         if file.is_file()
-    ]  # fmt: skip
+    }
+
+
+def _rivals(run: Run, threads: int) -> list[Rival]:
+    """The exported files of a run."""
+    results = run.config["results"]
+    return [
+        Rival(
+            run.name,
+            f"{run.name}, {name.partition(', ')[2]}",
+            onnx,
+            {
+                "flops_per_image": results["flops"],
+                "parameters": results["parameters"],
+                "size_bytes": size,
+            },
+        )
+        for name, (onnx, size) in _opened(run, threads).items()
+    ]
 
 
 def trained(context: Context, run: Path | None, threads: int, beside: Sequence[Path] = ()) -> Timed:
@@ -131,11 +127,8 @@ def trained(context: Context, run: Path | None, threads: int, beside: Sequence[P
         RunError: A run is unfinished or was not exported, two have one name, or one takes
             images of another size.
     """
-    from epdistill.export.manifest import INT8 as PRECISION
-    from epdistill.export.runtime import OnnxClassifier
-
     source = open_run(run, "student") if run else newest_run(context.runs, "student")
-    path = _exported(source)
+    files = _opened(source, threads)
     others = [open_run(other) for other in beside]
     for number, other in enumerate(others):
         if other.name in {source.name, *(before.name for before in others[:number])}:
@@ -149,21 +142,18 @@ def trained(context: Context, run: Path | None, threads: int, beside: Sequence[P
                 f"{other.path} takes images of {shapes[1][0]} channels and {shapes[1][1]} pixels; "
                 f"expected {shapes[0][0]} and {shapes[0][1]}, as {source.path}"
             )
-    int8: OnnxClassifier | str = f"no int8 file: type `epdistill export {source.path} --int8`"
-    quantised, sizes = reduced_file(path, PRECISION), {ONNX: path.stat().st_size}
-    if quantised.is_file():
-        int8 = OnnxClassifier.open_checked(quantised, threads=threads)
-        sizes[INT8] = quantised.stat().st_size
     return Timed(
         source.name,
         load_epcnn(open_run(Path(source.config["teacher"]["path"]), "teacher")),
         load_student(source).folded().eval(),
-        OnnxClassifier.open_checked(path, threads=threads),
-        int8,
+        files[ONNX][0],
+        files[INT8][0]
+        if INT8 in files
+        else f"no int8 file: type `epdistill export {source.path} --int8`",
         to_float(context.data_of(source).test.images[: max(BATCH_SIZES)]),
-        sizes,
+        {name: size for name, (_, size) in files.items()},
         source.path,
-        tuple(rival for other in others for rival in rivals_of(other, threads)),
+        tuple(rival for other in others for rival in _rivals(other, threads)),
     )
 
 

@@ -100,7 +100,7 @@ def bench(
         content = {
             "schema_version": SCHEMA_VERSION,
             "models": models.label,
-            "beside": list(dict.fromkeys(rival.name for rival in models.rivals)),
+            "beside": list(dict.fromkeys(rival.run for rival in models.rivals)),
             "settling": _settling_facts(models),
             "parameters": {
                 "teacher": sum(p.numel() for p in models.teacher.parameters()),
@@ -181,14 +181,7 @@ def _facts(models: Timed, contenders: Sequence[Contender]) -> dict[str, dict[str
             "size_bytes": models.sizes.get(name, weights),
         }
 
-    rivals = {
-        rival.contender: {
-            "flops_per_image": rival.flops,
-            "parameters": rival.parameters,
-            "size_bytes": rival.size,
-        }
-        for rival in models.rivals
-    }
+    rivals = {rival.contender: rival.facts for rival in models.rivals}
     return {
         item.name: rivals.get(item.name) or fact(item.name)
         for item in contenders
