@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from epdistill.cli.output import show_table
+from epdistill.runs import machine_of
 
 if TYPE_CHECKING:
     from epdistill.workflows.benchmark import Benched
@@ -204,7 +205,7 @@ def distilling_table(done: DistillingCost) -> None:
     ]
     hardware = content["hardware"]
     show_table(
-        f"{done.folder}: {content['teacher']}; {hardware['cpu']}, "
+        f"{done.folder}: {content['teacher']}; {machine_of(hardware)}, "
         f"{hardware['torch_threads']} threads",
         ["a training step", "times the cost of one on labels alone", "sweeps"],
         rows,
