@@ -28,6 +28,7 @@ def evaluate(
     corruptions: Place | None = None,
     linf: Sequence[float] | None = None,
     l2: Sequence[float] | None = None,
+    steps: int | None = None,
     split: str | None = None,
     seed: int | None = None,
     out: Place | None = None,
@@ -45,11 +46,13 @@ def evaluate(
         suite: `quick` (the default), `paper` or `full`.
         limit: Test images.
         subset: Which ones: `first` or `random`.
-        diagnose: Look for masked gradients; `full` always does.
+        diagnose: Look for masked gradients, and fit the uncertainty exponent of teachers;
+            `full` always does.
         horizons: Sweep attack and prediction horizons of teachers; `full` always does.
         corruptions: Folder with the CIFAR-10-C arrays.
         linf: Radii, on pixels in [0,1]; those of the recipe without it.
         l2: Likewise.
+        steps: PGD steps of `quick` and `full`; those of the recipe without it.
         split: `test` (without it) or `validation`.
         seed: Of the choice of images and of every attack.
         out, resume, runs, data_root, download, device, quiet: See the module.
@@ -63,7 +66,7 @@ def evaluate(
     asked = Asked(
         (), suite, limit, subset, seed, diagnose or None, path_of(corruptions), split,
         horizons or None, None if linf is None else tuple(sorted(linf)),
-        None if l2 is None else tuple(sorted(l2)),
+        None if l2 is None else tuple(sorted(l2)), steps,
     )  # fmt: skip
     place = context_of(runs, data_root, download, device, quiet)
     return work(paths_of(models), place, asked=asked, out=path_of(out), resume=resume)

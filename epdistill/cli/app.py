@@ -286,7 +286,8 @@ def evaluate(
         typer.Option("--subset", help="Which ones: first or random.", show_default=False),
     ] = None,
     diagnose: Annotated[
-        bool, typer.Option("--diagnose", help="Look for masked gradients; full always does.")
+        bool,
+        typer.Option("--diagnose", help="Look for masked gradients, and at basins; full does."),
     ] = False,
     horizons: Annotated[
         bool,
@@ -300,6 +301,10 @@ def evaluate(
     ] = None,
     l2: Annotated[
         str | None, typer.Option("--l2", help="Radii, as 0.5,1; by the recipe without it.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="PGD steps; by the recipe without it.", min=1),
     ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="test (without it) or validation.")
@@ -323,6 +328,7 @@ def evaluate(
     asked = Asked(
         (), suite, limit, subset, seed, diagnose or None, corruptions, split, horizons or None,
         None if linf is None else radii(linf, "--linf"), None if l2 is None else radii(l2, "--l2"),
+        steps,
     )  # fmt: skip
     context = context_of(runs, data_root, download, device, quiet, together=True)
     done = work(models or [], context, asked=asked, out=out, resume=resume)

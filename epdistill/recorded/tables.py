@@ -328,10 +328,25 @@ def worst_table(record: Record, titles: Mapping[str, str]) -> list[str]:
             [titles.get(model["name"], model["name"]), with_interval(model["clean"])]
             + [with_interval(worst[case]) if case in worst else NOTHING for case in shown]
             + [NOTHING if mean is None else percent(mean["accuracy"])]
-            + [model["verdict"] or NOTHING]
+            + [model["verdict"] or NOTHING, _exponents(model.get("basins"))]
         )
-    head = ["model", "clean", *(ball(*case) for case in shown), "corrupted", "masked gradients"]
-    return _measured(head, body)
+    head = ["model", "clean", *(ball(*case) for case in shown), "corrupted"]
+    return _measured([*head, "masked gradients", "uncertainty exponent"], body)
+
+
+def _exponents(basins: Mapping[str, Any] | None) -> str:
+    """Of states and of labels, with intervals over images; too few jumps give none."""
+    if basins is None:
+        return NOTHING
+    words = []
+    for what in ("states", "labels"):
+        law = basins[what]
+        if law["alpha"] is None:
+            words.append(f"{what} none")
+        else:
+            low, high = law["ci95"]
+            words.append(f"{what} {law['alpha']:.2f} ({low:.2f}-{high:.2f})")
+    return f"{', '.join(words)}, n = {basins['images']}"
 
 
 def speed_table(content: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:

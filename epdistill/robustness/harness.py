@@ -75,7 +75,8 @@ def evaluate(
             forward passes per image, roughly); at the end the two are equal.
         journal: Remembers finished units. One from an interrupted call with the same
             arguments makes this one go on where that one stopped, with the same result.
-        diagnose: Look for masked gradients also where the suite does not.
+        diagnose: Look for masked gradients and fit the uncertainty exponent also where the
+            suite does not.
         official: Published arrays of these images, corrupted, to evaluate beside the
             generated ones.
         team: Processes that share out the units of work. The result is that of a single
@@ -126,8 +127,7 @@ def evaluate(
         for ledger in ledgers:
             if count is not None:
                 run_diagnosis(ledger, rivals[id(ledger)], count, units)
-                if chosen.diagnosed() is not None:
-                    run_basins(ledger, count, units)
+                run_basins(ledger, count, units)
     return Evaluation(
         chosen,
         seed,

@@ -16,7 +16,7 @@ from epdistill._sources import TORCHVISION
 from epdistill.errors import EpdistillError
 from epdistill.loading import model_name
 from epdistill.nested import leaves
-from epdistill.recipes import BUNDLED, EP_CNN, load_recipe, section_of
+from epdistill.recipes import BUNDLED, EP_CNN, EvaluateRecipe, load_recipe, section_of
 from epdistill.recipes.loading import PREFIX
 from epdistill.runs import Run, open_run
 
@@ -138,6 +138,10 @@ def evaluation_command(results: Mapping[str, Any], models: Sequence[str]) -> str
         for norm in ("linf", "l2"):
             if settings.get(norm):
                 words += [f"--{norm}", ",".join(map(str, settings[norm]))]
+        how = EvaluateRecipe()
+        usual = how.full.steps if settings["name"] == "full" else how.steps
+        steps = settings.get("pgd", {}).get("steps", usual)
+        words += [] if steps == usual else ["--steps", str(steps)]
     if settings.get("split", "test") != "test":
         words += ["--split", settings["split"]]
     return shlex.join(words)

@@ -22,7 +22,7 @@ from epdistill.workflows.request import (
     forget,
     open_together,
     unfinished_evaluation,
-    with_radii,
+    with_strengths,
 )
 from epdistill.workflows.subjects import onnx_subject, run_subject
 from epdistill.workflows.survival import resume_command, told
@@ -128,7 +128,7 @@ def evaluate(
     split = data.test if chosen == TEST else data.validation
     _check_fit(subjects, data)
     content = validate(runs[0].config["recipe"], str(runs[0].path))
-    how = with_radii(recipe or content.evaluate, asked, name)
+    how = with_strengths(recipe or content.evaluate, asked, name)
     suite = chosen_suite(name, how, horizons=bool(asked.horizons))
     seed = content.seed if asked.seed is None else asked.seed
     limit = min(asked.limit or how.limit, len(split))

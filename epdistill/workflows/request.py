@@ -33,12 +33,13 @@ class Asked:
         limit: Test images, overriding the recipe.
         subset: `first` or `random`.
         seed: Of the choice of images and of every attack; the first run's own when None.
-        diagnose: Look for masked gradients also where the suite does not.
+        diagnose: Look for masked gradients, and at basins, also where the suite does not.
         corruptions: A folder with the official CIFAR-10-C arrays.
         split: `test`, or `validation` for what choices are made on; `test` when None.
         horizons: Sweep over horizons also where the suite does not.
         linf: Radii of the Linf balls of `quick` and `full`, overriding the recipe.
         l2: Radii of the L2 balls, likewise.
+        steps: PGD steps of `quick` and `full`, likewise.
     """
 
     models: tuple[Path, ...] = ()
@@ -52,6 +53,7 @@ class Asked:
     horizons: bool | None = None
     linf: tuple[float, ...] | None = None
     l2: tuple[float, ...] | None = None
+    steps: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every field, JSON-ready."""
@@ -96,18 +98,22 @@ def radii(text: str, flag: str) -> tuple[float, ...]:
     return found
 
 
-def with_radii(how: EvaluateRecipe, asked: Asked, suite: str) -> EvaluateRecipe:
-    """The recipe with the radii that were asked for.
+def with_strengths(how: EvaluateRecipe, asked: Asked, suite: str) -> EvaluateRecipe:
+    """The recipe with the radii and PGD steps that were asked for.
 
     Raises:
-        EvaluationError: Some were, for the suite `paper`, whose radii are the published ones.
+        EvaluationError: Some were, for the suite `paper`, whose radii are the published ones
+            and whose steps are the recipe's.
     """
-    changed = {key: value for key in ("linf", "l2") if (value := getattr(asked, key)) is not None}
+    found = {key: getattr(asked, key) for key in ("linf", "l2", "steps")}
+    changed = {key: value for key, value in found.items() if value is not None}
     if changed and suite == "paper":
         raise EvaluationError(
-            f"radii {changed} with --suite paper, which has the published ones; expected them "
-            "with quick or full"
+            f"{changed} with --suite paper, which has its own; expected radii and steps with quick "
+            "or full"
         )
+    if asked.steps is not None and suite == "full":
+        changed["full"] = how.full.model_copy(update={"steps": changed.pop("steps")})
     return how.model_copy(update=changed)
 
 

@@ -208,16 +208,17 @@ def test_an_interrupted_evaluation_is_resumed(
     refused(epd("evaluate", "--resume", "--out", "straight"), "straight is complete")
 
 
-def test_radii_and_split_of_an_evaluation(work: Path, epd: Call) -> None:
+def test_radii_steps_and_split_of_an_evaluation(work: Path, epd: Call) -> None:
     asked = ("--limit", "4", "--linf", "1/10", "--l2", "0.5,0.25", "--split", "validation")
+    asked += ("--steps", "3")
     done = epd("evaluate", *asked, "--out", "asked", "--json", "--quiet")
     assert done.code == 0, done.err
     settings = json.loads((work / "asked/results.json").read_text())["settings"]
     assert (settings["linf"], settings["l2"]) == ([0.1], [0.25, 0.5])
-    assert settings["split"] == "validation"
+    assert (settings["split"], settings["pgd"]["steps"]) == ("validation", 3)
     refused(epd("evaluate", "--split", "train"), "split 'train'; expected test or validation")
     refused(epd("evaluate", "--linf", "x"), "--linf x; expected numbers above 0")
-    refused(epd("evaluate", "--suite", "paper", "--l2", "1"), "has the published ones")
+    refused(epd("evaluate", "--suite", "paper", "--l2", "1"), "which has its own")
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from epdistill.robustness.results import summary
 from epdistill.robustness.subjects import Horizons, MeanAnswer, Published, Subject, module_subject
 from epdistill.robustness.suites import QuickSuite, TemporalSettings, find_suite
 from epdistill.workflows.commands import evaluation_command
-from epdistill.workflows.request import Asked, chosen_suite, radii, with_radii
+from epdistill.workflows.request import Asked, chosen_suite, radii, with_strengths
 
 Images = tuple[Tensor, Tensor]
 
@@ -394,15 +394,34 @@ def test_horizons_on_request():
     assert told.endswith("--seed 0 --linf 0.5 --l2 0.1,1.0 --split validation")
 
 
+def test_steps_on_request():
+    for suite, usual, found in (
+        ("quick", EvaluateRecipe().steps, lambda how: how.steps),
+        ("full", EvaluateRecipe().full.steps, lambda how: how.full.steps),
+    ):
+        how = with_strengths(EvaluateRecipe(), Asked(steps=7), suite)
+        assert (found(how), chosen_suite(suite, how).pgd.steps) == (7, 7)
+        assert found(with_strengths(EvaluateRecipe(), Asked(), suite)) == usual
+        for steps, flag in ((usual, False), (7, True)):
+            settings = {
+                "name": suite, "subset": "first", "seed": 0, "temporal": None,
+                "pgd": {"steps": steps},
+            }  # fmt: skip
+            told = evaluation_command({"settings": settings, "n": 3, "models": []}, ["runs/a"])
+            assert told.endswith(" --steps 7") == flag and ("--steps" in told) == flag
+    with pytest.raises(EvaluationError, match="paper, which has its own"):
+        with_strengths(EvaluateRecipe(), Asked(steps=7), "paper")
+
+
 def test_radii_are_numbers_or_fractions():
     assert radii("1, 0.5,1", "--l2") == (0.5, 1.0)
     assert radii("8/255,2/255", "--linf") == (2 / 255, 8 / 255)
     for text in ("", "a", "0", "-1", "1/0", "0.1;0.2"):
         with pytest.raises(RecipeError, match=r"--l2 .*; expected numbers above 0"):
             radii(text, "--l2")
-    how = with_radii(EvaluateRecipe(), Asked(linf=(0.3,)), "quick")
+    how = with_strengths(EvaluateRecipe(), Asked(linf=(0.3,)), "quick")
     assert (how.linf, how.l2) == ((0.3,), EvaluateRecipe().l2)
-    with pytest.raises(EvaluationError, match="has the published ones"):
-        with_radii(EvaluateRecipe(), Asked(l2=(0.3,)), "paper")
+    with pytest.raises(EvaluationError, match="paper, which has its own"):
+        with_strengths(EvaluateRecipe(), Asked(l2=(0.3,)), "paper")
     asked = Asked((), linf=(0.3,), split="validation")
     assert Asked().over(Asked.from_json(json.loads(json.dumps(asked.to_json())))) == asked

@@ -118,6 +118,11 @@ def evaluation_record() -> Record:
             "worst_case": grid,
             "corruption_mean": share(0.5),
             "verdict": "masking evidence: attack horizon (EP)",
+            "basins": {
+                "states": {"alpha": 0.62, "ci95": [0.5, 0.71]},
+                "labels": {"alpha": None, "ci95": None},
+                "images": 100,
+            },
             "published": {"cells": cells, "average_robust_accuracy": average},
             "temporal": {
                 "cells": [
@@ -213,6 +218,7 @@ def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
         in lines
     )
     assert "masking evidence: attack horizon (EP)" in text
+    assert "states 0.62 (0.50-0.71), labels none, n = 100" in text
     assert "| student, onnxruntime | 1 | 1 (1-1) | 200 (200-200) |" in lines
     assert "* Not run: autoattack (not installed)" in lines
     assert "Files have no gradients" in text
