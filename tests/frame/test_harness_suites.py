@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from epdistill.errors import EvaluationError, RecipeError
 from epdistill.recipes import EvaluateRecipe
+from epdistill.robustness import extras
 from epdistill.robustness.attacks import (
     APGDSettings,
     CWSettings,
@@ -392,6 +393,35 @@ def test_horizons_on_request():
     settings |= {"temporal": None, "linf": [0.5], "l2": [0.1, 1.0], "split": "validation"}
     told = evaluation_command({"settings": settings, "n": 3, "models": []}, ["runs/a"])
     assert told.endswith("--seed 0 --linf 0.5 --l2 0.1,1.0 --split validation")
+
+
+def test_a_diagnosis_on_request_looks_at_basins_too(monkeypatch):
+    """Of what relaxes alone; what the checks themselves find is tested elsewhere."""
+    verdict = {"verdict": "no masking evidence found", "checks": []}
+    monkeypatch.setattr(extras, "_diagnose", lambda *_: verdict)
+    threshold = Step(0.5)
+
+    def settle(images: Tensor) -> tuple[Tensor, Tensor]:
+        labels = threshold(images).argmax(dim=1)
+        return labels, labels[:, None].to(images)
+
+    relaxes = Subject(
+        "relaxes", "teacher", threshold, {"model": threshold},
+        horizons=Horizons(lambda _: threshold, lambda _: threshold, settle),
+    )  # fmt: skip
+    plain = module_subject("plain", "student", threshold)
+    suite = dataclasses.replace(
+        QuickSuite(), linf=(0.1,), l2=(), pgd=PGDSettings(1), square=SquareSettings(queries=1),
+        corruptions=(),
+    )  # fmt: skip
+    for asked in (False, True):
+        found = evaluate([relaxes, plain], *flat(127, 100, 60), suite=suite, diagnose=asked)
+        first, second = found.subjects
+        assert (first.diagnosis, second.diagnosis) == ((verdict,) * 2 if asked else (None,) * 2)
+        assert second.basins is None and (first.basins is not None) == asked
+    # The first image is next to the step; the others are far from it.
+    assert max(first.basins["states"]["images_changed"]) == 1
+    assert first.basins["images"] == 3
 
 
 def test_steps_on_request():
