@@ -287,7 +287,9 @@ def evaluate(
     ] = None,
     diagnose: Annotated[
         bool,
-        typer.Option("--diagnose", help="Look for masked gradients and at basins; full always does."),
+        typer.Option(
+            "--diagnose", help="Look for masked gradients and at basins; full always does."
+        ),
     ] = False,
     horizons: Annotated[
         bool,
