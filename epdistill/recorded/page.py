@@ -189,7 +189,7 @@ def _evaluation(
         "",
         f"### Worst case under `--suite {settings['name']}`, {where}",
         "",
-        f"Attacks: {', '.join(dict.fromkeys(attacks))}."
+        f"Attacks: {', '.join(dict.fromkeys(attacks))}; {_budget(settings)}."
         + (_NO_GRADIENTS if any(model.get("kind") == "onnx" for model in models) else ""),
         *worst_table(record, named),
     ]
@@ -205,6 +205,12 @@ def _evaluation(
     for skip in content["skipped"]:
         lines.append(f"* Not run: {skip['what']} ({skip['why']})")
     return lines
+
+
+def _budget(settings: Mapping[str, Any]) -> str:
+    pgd, square = settings["pgd"], settings["square"]
+    starts = f" from {pgd['restarts']} starts" if pgd["restarts"] > 1 else ""
+    return f"PGD takes {pgd['steps']} steps{starts}, Square {square['queries']} queries"
 
 
 def _bench(record: Record, named: Mapping[str, str]) -> list[str]:

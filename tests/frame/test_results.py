@@ -156,6 +156,8 @@ def evaluation_record() -> Record:
             "subset": "first",
             "seed": 0,
             "attacks": [{"name": "pgd"}, {"name": "square"}],
+            "pgd": {"steps": 40, "restarts": 5},
+            "square": {"queries": 300},
         },
         "skipped": [{"what": "autoattack", "why": "not installed"}],
         "models": models,
@@ -219,6 +221,7 @@ def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
     )
     assert "masking evidence: attack horizon (EP)" in text
     assert "states 0.62 (0.50-0.71), labels none, n = 100" in text
+    assert "PGD takes 40 steps from 5 starts, Square 300 queries" in text
     assert "| student, onnxruntime | 1 | 1 (1-1) | 200 (200-200) |" in lines
     assert "* Not run: autoattack (not installed)" in lines
     assert "Files have no gradients" in text
