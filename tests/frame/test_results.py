@@ -338,11 +338,21 @@ def test_the_front_of_an_ablation_is_that_of_one_machine(done: Ablated, tmp_path
     here = Record(BENCH, runs["distilled"], "epdistill bench", MACHINE, timed)
     alone = {**timed, "rows": timed["rows"][-1:]}
     there = Record(BENCH, runs["ce"], "epdistill bench", {**MACHINE, "cpu": "Other"}, alone)
+    first, *_, last = timed["rows"]
+    slow = {**last, "seconds_per_batch": first["seconds_per_batch"]}
+    equal = Record(BENCH, here.name, here.command, MACHINE, {**timed, "rows": [first, slow]})
     for record in (here, there):
         write_record(record, folder, DIGEST)
     assert not any(stem.endswith("-front") for stem in keep([], folder, page).pictures)
     ablation.content["split"] = "test"
+    # Which of its seeds was timed does not matter.
+    (row,) = (row for row in ablation.content["rows"] if row["row"] == "distilled")
+    row["seeds"].insert(0, {**row["seeds"][0], "run": "elsewhere"})
     write_record(ablation, folder, DIGEST)
+    # As fast as each other: nothing to draw.
+    write_record(equal, folder, DIGEST)
+    assert not any(stem.endswith("-front") for stem in keep([], folder, page).pictures)
+    write_record(here, folder, DIGEST)
     keep([], folder, page)
     drawn = (folder / f"{ablation.stem}-front.svg").read_text()
     assert "A CPU, 1 thread(s); 10 images" in drawn and "Other" not in drawn
