@@ -335,14 +335,16 @@ def worst_table(record: Record, titles: Mapping[str, str]) -> list[str]:
 
 
 def _exponents(basins: Mapping[str, Any] | None) -> str:
-    """Of states and of labels, with intervals over images; too few jumps give none."""
+    """Of states and of labels, with intervals over images; where too few or too many perturbations
+    change them there is none, and the shares at the smallest and the largest size tell which."""
     if basins is None:
         return NOTHING
     words = []
     for what in ("states", "labels"):
         law = basins[what]
         if law["alpha"] is None:
-            words.append(f"{what} none")
+            ends = " to ".join(percent(share) for share in (law["f"][0], law["f"][-1]))
+            words.append(f"{what} none ({ends} % change)")
         else:
             low, high = law["ci95"]
             words.append(f"{what} {law['alpha']:.2f} ({low:.2f}-{high:.2f})")

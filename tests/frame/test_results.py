@@ -120,7 +120,7 @@ def evaluation_record() -> Record:
             "verdict": "masking evidence: attack horizon (EP)",
             "basins": {
                 "states": {"alpha": 0.62, "ci95": [0.5, 0.71]},
-                "labels": {"alpha": None, "ci95": None},
+                "labels": {"alpha": None, "ci95": None, "f": [0.9, 1.0, 1.0]},
                 "images": 100,
             },
             "published": {"cells": cells, "average_robust_accuracy": average},
@@ -220,7 +220,7 @@ def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
         in lines
     )
     assert "masking evidence: attack horizon (EP)" in text
-    assert "states 0.62 (0.50-0.71), labels none, n = 100" in text
+    assert "states 0.62 (0.50-0.71), labels none (90.0 to 100.0 % change), n = 100" in text
     assert "PGD takes 40 steps from 5 starts, Square 300 queries" in text
     assert "| student, onnxruntime | 1 | 1 (1-1) | 200 (200-200) |" in lines
     assert "* Not run: autoattack (not installed)" in lines
