@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 
 import pytest
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from epdistill.errors import EvaluationError, RecipeError
-from epdistill.recipes import EvaluateRecipe
+from epdistill.errors import EvaluationError
 from epdistill.robustness import extras
 from epdistill.robustness.attacks import (
     APGDSettings,
@@ -31,8 +29,6 @@ from epdistill.robustness.published import PublishedPGD, published_pgd
 from epdistill.robustness.results import summary
 from epdistill.robustness.subjects import Horizons, MeanAnswer, Published, Subject, module_subject
 from epdistill.robustness.suites import QuickSuite, TemporalSettings, find_suite
-from epdistill.workflows.commands import evaluation_command
-from epdistill.workflows.request import Asked, chosen_suite, radii, with_strengths
 
 Images = tuple[Tensor, Tensor]
 
@@ -375,26 +371,6 @@ def test_published_cells_stand_beside_adaptive_ones():
     assert average["published"] == pytest.approx(sum(means) / len(means))
 
 
-def test_horizons_on_request():
-    how = EvaluateRecipe(steps=7)
-    assert chosen_suite("quick", how).temporal() is None
-    assert chosen_suite("paper", how).temporal() is None
-    swept = chosen_suite("quick", how, horizons=True).temporal()
-    assert swept is not None
-    assert (swept.pgd.steps, swept.attack_sweeps) == (7, how.full.attack_sweeps)
-    # The full suite sweeps in any case, with its own steps.
-    full = [chosen_suite("full", how, horizons=on).temporal() for on in (False, True)]
-    assert full[0] == full[1] and full[0] is not None and full[0].pgd.steps == how.full.steps
-    settings = {
-        "name": "quick", "subset": "first", "seed": 0, "temporal": {"images": swept.images}
-    }  # fmt: skip
-    told = evaluation_command({"settings": settings, "n": 3, "models": []}, ["runs/a"])
-    assert told.endswith("--seed 0 --horizons")
-    settings |= {"temporal": None, "linf": [0.5], "l2": [0.1, 1.0], "split": "validation"}
-    told = evaluation_command({"settings": settings, "n": 3, "models": []}, ["runs/a"])
-    assert told.endswith("--seed 0 --linf 0.5 --l2 0.1,1.0 --split validation")
-
-
 def test_a_diagnosis_on_request_looks_at_basins_too(monkeypatch):
     """Of what relaxes alone; what the checks themselves find is tested elsewhere."""
     verdict = {"verdict": "no masking evidence found", "checks": []}
@@ -422,36 +398,3 @@ def test_a_diagnosis_on_request_looks_at_basins_too(monkeypatch):
     # The first image is next to the step; the others are far from it.
     assert max(first.basins["states"]["images_changed"]) == 1
     assert first.basins["images"] == 3
-
-
-def test_steps_on_request():
-    for suite, usual, found in (
-        ("quick", EvaluateRecipe().steps, lambda how: how.steps),
-        ("full", EvaluateRecipe().full.steps, lambda how: how.full.steps),
-    ):
-        how = with_strengths(EvaluateRecipe(), Asked(steps=7), suite)
-        assert (found(how), chosen_suite(suite, how).pgd.steps) == (7, 7)
-        assert found(with_strengths(EvaluateRecipe(), Asked(), suite)) == usual
-        for steps, flag in ((usual, False), (7, True)):
-            settings = {
-                "name": suite, "subset": "first", "seed": 0, "temporal": None,
-                "pgd": {"steps": steps},
-            }  # fmt: skip
-            told = evaluation_command({"settings": settings, "n": 3, "models": []}, ["runs/a"])
-            assert told.endswith(" --steps 7") == flag and ("--steps" in told) == flag
-    with pytest.raises(EvaluationError, match="paper, which has its own"):
-        with_strengths(EvaluateRecipe(), Asked(steps=7), "paper")
-
-
-def test_radii_are_numbers_or_fractions():
-    assert radii("1, 0.5,1", "--l2") == (0.5, 1.0)
-    assert radii("8/255,2/255", "--linf") == (2 / 255, 8 / 255)
-    for text in ("", "a", "0", "-1", "1/0", "0.1;0.2"):
-        with pytest.raises(RecipeError, match=r"--l2 .*; expected numbers above 0"):
-            radii(text, "--l2")
-    how = with_strengths(EvaluateRecipe(), Asked(linf=(0.3,)), "quick")
-    assert (how.linf, how.l2) == ((0.3,), EvaluateRecipe().l2)
-    with pytest.raises(EvaluationError, match="paper, which has its own"):
-        with_strengths(EvaluateRecipe(), Asked(l2=(0.3,)), "paper")
-    asked = Asked((), linf=(0.3,), split="validation")
-    assert Asked().over(Asked.from_json(json.loads(json.dumps(asked.to_json())))) == asked
