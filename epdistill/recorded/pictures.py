@@ -155,12 +155,12 @@ def _machine(record: Record) -> str:
     return f"{hardware.get('cpu', '')}, {hardware.get('torch_threads', '')} thread(s)"
 
 
-def _latencies(benches: Sequence[Record], runs: Sequence[Record]) -> list[tuple[str, str, float]]:
-    """Of what was timed at batch 1: the model's name, how it ran, milliseconds."""
+def _latencies(benches: Sequence[Record], runs: Sequence[Record]) -> dict[tuple[str, str], float]:
+    """Milliseconds at batch 1 by the model's name and how it ran."""
     taught_by = {
         run.name: run.content["teacher"]["name"] for run in runs if "teacher" in run.content
     }
-    found: dict[tuple[str, str], tuple[str, str, float]] = {}
+    found: dict[tuple[str, str], float] = {}
     for record in benches:
         beside = {run: run for run in record.content.get("beside", ())}
         runs_of = {"teacher": taught_by.get(record.name), "student": record.name, **beside}
@@ -169,10 +169,9 @@ def _latencies(benches: Sequence[Record], runs: Sequence[Record]) -> list[tuple[
             run = runs_of.get(who)
             if row["batch_size"] == 1 and how in _HOW and run is not None:
                 name = f"{run}/model-int8.onnx" if how == _INT8 else run
-                median = row["seconds_per_batch"]["median"]
                 # A teacher is timed again beside every student of it.
-                found.setdefault((name, how), (name, how, 1e3 * median))
-    return list(found.values())
+                found.setdefault((name, how), 1e3 * row["seconds_per_batch"]["median"])
+    return found
 
 
 @house_style()
@@ -195,7 +194,7 @@ def _front(
     def shown(benches: Sequence[Record]) -> list[tuple[str, float, Mapping[str, Any]]]:
         return [
             (f"{titles.get(name, name)} ({how})", ms, robust[name])
-            for name, how, ms in _latencies(benches, runs)
+            for (name, how), ms in _latencies(benches, runs).items()
             if name in robust
         ]
 

@@ -124,8 +124,7 @@ def evaluate(
         rivals = {id(one): [other for other in ledgers if other is not one] for one in ledgers}
         if count is not None:
             units.prepare([diagnosis_unit(one, rivals[id(one)], count, units) for one in ledgers])
-        for ledger in ledgers:
-            if count is not None:
+            for ledger in ledgers:
                 run_diagnosis(ledger, rivals[id(ledger)], count, units)
                 run_basins(ledger, count, units)
     return Evaluation(

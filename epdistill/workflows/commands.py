@@ -19,6 +19,7 @@ from epdistill.nested import leaves
 from epdistill.recipes import BUNDLED, EP_CNN, EvaluateRecipe, load_recipe, section_of
 from epdistill.recipes.loading import PREFIX
 from epdistill.runs import Run, open_run
+from epdistill.workflows.request import chosen_suite
 
 # Recipe keys that have a flag, beside the epochs, which belong to a section.
 _COMMON = {"precision": "--precision", "seed": "--seed"}
@@ -138,10 +139,9 @@ def evaluation_command(results: Mapping[str, Any], models: Sequence[str]) -> str
         for norm in ("linf", "l2"):
             if settings.get(norm):
                 words += [f"--{norm}", ",".join(map(str, settings[norm]))]
-        how = EvaluateRecipe()
-        usual = how.full.steps if settings["name"] == "full" else how.steps
-        steps = settings.get("pgd", {}).get("steps", usual)
-        words += [] if steps == usual else ["--steps", str(steps)]
+        steps = settings["pgd"]["steps"]
+        if steps != chosen_suite(settings["name"], EvaluateRecipe()).pgd.steps:
+            words += ["--steps", str(steps)]
     if settings.get("split", "test") != "test":
         words += ["--split", settings["split"]]
     return shlex.join(words)

@@ -134,6 +134,12 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
+def gpu_name(device: torch.device | None) -> str | None:
+    """What the GPU is called; None on a processor."""
+    on_gpu = device is not None and device.type == "cuda"
+    return torch.cuda.get_device_name(device) if on_gpu else None
+
+
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions and hardware facts that belong to a result.
 
@@ -142,13 +148,12 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     """
     from epdistill.export.bench import hardware
 
-    on_gpu = device is not None and device.type == "cuda"
     return {
         "epdistill": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **hardware(),
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "gpu": gpu_name(device),
     }
 
 

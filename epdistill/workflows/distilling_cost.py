@@ -17,7 +17,7 @@ from epdistill.loading import load_teacher
 from epdistill.recipes import Recipe, load_recipe
 from epdistill.runs import new_run_folder, open_run, write_json
 from epdistill.training import Batch, generator_of
-from epdistill.workflows.context import Context, environment, require_finished
+from epdistill.workflows.context import Context, gpu_name, require_finished
 from epdistill.workflows.dynamics import shipped
 
 if TYPE_CHECKING:
@@ -84,14 +84,14 @@ def distilling_cost(
         contenders, torch.zeros(1, 1, 1, 1), batch_sizes=(size,), rounds=rounds,
         max_seconds=max_seconds,
     )  # fmt: skip
-    timed, device = to_json(rows), context.torch_device()
+    timed = to_json(rows)
     content = {
         "schema_version": SCHEMA_VERSION,
         "teacher": label,
         "recipe": chosen.name,
         "student": chosen.student.model_dump(mode="json"),
         **timed,
-        "hardware": timed["hardware"] | {"gpu": environment(device)["gpu"]},
+        "hardware": timed["hardware"] | {"gpu": gpu_name(context.torch_device())},
         "reference": LABELS,
         "costs": [
             {

@@ -15,7 +15,7 @@ from epdistill.recipes import EvaluateRecipe
 from epdistill.recipes.loading import validate
 from epdistill.runs import Run, finished_runs, open_run
 from epdistill.workflows.cards import refresh as refresh_card
-from epdistill.workflows.context import Context
+from epdistill.workflows.context import Context, gpu_name
 from epdistill.workflows.request import (
     Asked,
     chosen_suite,
@@ -210,7 +210,7 @@ def _header(
     from epdistill.export.bench import hardware
     from epdistill.robustness.results import versions
 
-    place = hardware()["cpu"] if device.type == "cpu" else torch.cuda.get_device_name(device)
+    place = gpu_name(device) or hardware()["cpu"]
     return {
         **asked.to_json(),
         "settings": asdict(suite),

@@ -112,7 +112,7 @@ def with_strengths(how: EvaluateRecipe, asked: Asked, suite: str) -> EvaluateRec
             f"{changed} with --suite paper, which has its own; expected radii and steps with quick "
             "or full"
         )
-    if asked.steps is not None and suite == "full":
+    if suite == "full" and "steps" in changed:
         changed["full"] = how.full.model_copy(update={"steps": changed.pop("steps")})
     return how.model_copy(update=changed)
 
