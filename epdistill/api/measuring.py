@@ -29,6 +29,7 @@ def evaluate(
     linf: Sequence[float] | None = None,
     l2: Sequence[float] | None = None,
     steps: int | None = None,
+    attacks: Sequence[str] | None = None,
     split: str | None = None,
     seed: int | None = None,
     out: Place | None = None,
@@ -53,6 +54,7 @@ def evaluate(
         linf: Radii, on pixels in [0,1]; those of the recipe without it.
         l2: Likewise.
         steps: PGD steps of `quick` and `full`; those of the recipe without it.
+        attacks: Names of attacks of `quick` and `full`, to run these alone; all without it.
         split: `test` (without it) or `validation`.
         seed: Of the choice of images and of every attack.
         out, resume, runs, data_root, download, device, quiet: See the module.
@@ -67,6 +69,7 @@ def evaluate(
         (), suite, limit, subset, seed, diagnose or None, path_of(corruptions), split,
         horizons or None, None if linf is None else tuple(sorted(linf)),
         None if l2 is None else tuple(sorted(l2)), steps,
+        None if attacks is None else tuple(attacks),
     )  # fmt: skip
     place = context_of(runs, data_root, download, device, quiet)
     return work(paths_of(models), place, asked=asked, out=path_of(out), resume=resume)

@@ -308,6 +308,10 @@ def evaluate(
         int | None,
         typer.Option("--steps", help="PGD steps; by the recipe without it.", min=1),
     ] = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option("--attacks", help="These alone, as pgd,square; all of the suite without it."),
+    ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="test (without it) or validation.")
     ] = None,
@@ -325,12 +329,12 @@ def evaluate(
     from epdistill.cli.tables import evaluation_table
     from epdistill.robustness.results import threats
     from epdistill.workflows.evaluation import evaluate as work
-    from epdistill.workflows.request import Asked, radii
+    from epdistill.workflows.request import Asked, names_of, radii
 
     asked = Asked(
         (), suite, limit, subset, seed, diagnose or None, corruptions, split, horizons or None,
         None if linf is None else radii(linf, "--linf"), None if l2 is None else radii(l2, "--l2"),
-        steps,
+        steps, None if attacks is None else names_of(attacks),
     )  # fmt: skip
     context = context_of(runs, data_root, download, device, quiet, together=True)
     done = work(models or [], context, asked=asked, out=out, resume=resume)

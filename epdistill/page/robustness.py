@@ -58,12 +58,17 @@ def robustness(results: dict[str, Any] | None) -> str:
 
 def _how(results: dict[str, Any]) -> str:
     settings = results["settings"]
+    pgd, names = settings["pgd"], [attack["name"] for attack in settings["attacks"]]
+    budgets = {
+        "pgd": f"PGD: {pgd['steps']} steps, {pgd['restarts']} restart(s)",
+        "square": f"Square: {settings['square']['queries']} queries",
+    }
+    found = [text for name, text in budgets.items() if name in names]
     text = (
         f"Accuracy in percent on {results['n']} {settings['split']} images with Wilson's 95 % "
         f"interval, suite {settings['name']}, seed {settings['seed']}. Under attack it is the "
         "worst case per image over all attacks, gradients and transfers. "
-        f"PGD: {settings['pgd']['steps']} steps, {settings['pgd']['restarts']} restart(s); Square: "
-        f"{settings['square']['queries']} queries."
+        f"Attacks: {', '.join(dict.fromkeys(names))}." + (f" {'; '.join(found)}." if found else "")
     )
     if any(model["kind"] == "onnx" for model in results["models"]):
         text += (

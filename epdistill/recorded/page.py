@@ -183,13 +183,14 @@ def _evaluation(
         f"{content['n']} {settings['split']} images ({settings['subset']}), seed {settings['seed']}"
     )
     attacks = [one["name"] for one in settings["attacks"]]
+    budget = _budget(settings, attacks)
     for model in models:
         attacks += [name for case in model["worst_case"] for name in case.get("attacks", ())]
     lines = [
         "",
         f"### Worst case under `--suite {settings['name']}`, {where}",
         "",
-        f"Attacks: {', '.join(dict.fromkeys(attacks))}; {_budget(settings)}."
+        f"Attacks: {', '.join(dict.fromkeys(attacks))}{budget}."
         + (_NO_GRADIENTS if any(model.get("kind") == "onnx" for model in models) else ""),
         *worst_table(record, named),
     ]
@@ -207,10 +208,16 @@ def _evaluation(
     return lines
 
 
-def _budget(settings: Mapping[str, Any]) -> str:
+def _budget(settings: Mapping[str, Any], attacks: Sequence[str]) -> str:
+    """What the attacks of that name were given, after a semicolon; empty without either."""
     pgd, square = settings["pgd"], settings["square"]
     starts = f" from {pgd['restarts']} starts" if pgd["restarts"] > 1 else ""
-    return f"PGD takes {pgd['steps']} steps{starts}, Square {square['queries']} queries"
+    told = {
+        "pgd": f"PGD takes {pgd['steps']} steps{starts}",
+        "square": f"Square {square['queries']} queries",
+    }
+    found = [text for name, text in told.items() if name in attacks]
+    return "; " + ", ".join(found) if found else ""
 
 
 def _bench(record: Record, named: Mapping[str, str]) -> list[str]:

@@ -89,7 +89,7 @@ class FullSuite(QuickSuite):
                 f"{(*counts, self.autoattack_images)}; expected at least 1, 1 and {FEWEST}"
             )
 
-    def attacks(self) -> tuple[Attack, ...]:
+    def offered(self) -> tuple[Attack, ...]:
         """White box first, cheap before costly; what asks for answers only comes last."""
         rows = [
             attack("pgd", LINF, pgd_linf, self.pgd, self.climb()),
@@ -148,5 +148,5 @@ class FullSuite(QuickSuite):
         )
 
     def diagnosed(self) -> int | None:
-        """On how many images."""
-        return self.diagnosed_images
+        """On how many images; not where some attacks alone are wanted."""
+        return self.diagnosed_images if self.only is None else None

@@ -85,7 +85,7 @@ class PaperSuite(QuickSuite):
     severities: tuple[int, ...] = SEVERITIES
     name: str = "paper"
 
-    def attacks(self) -> tuple[Attack, ...]:
+    def offered(self) -> tuple[Attack, ...]:
         """The adaptive attacks: the true labels, random starts, every view, transfer."""
         square, cost = self.square, self.square.queries
         return (

@@ -138,6 +138,7 @@ class QuickSuite:
             one by one.
         samples: Draws of a stochastic model that its gradients and answers are the mean of.
         horizons: The sweep over horizons, for models that relax; None to leave it out.
+        only: Names of the attacks that are run; None for all that the suite has.
         name: As it stands in the results.
     """
 
@@ -156,6 +157,7 @@ class QuickSuite:
     exhaustive: bool = False
     samples: int = 20
     horizons: TemporalSettings | None = None
+    only: tuple[str, ...] | None = None
     name: str = QUICK
 
     def __post_init__(self) -> None:
@@ -173,6 +175,13 @@ class QuickSuite:
                 check_corruption(name, severity)
         if self.samples < 1:
             raise EvaluationError(f"received {self.samples} samples; expected at least 1")
+        names = tuple(dict.fromkeys(attack.name for attack in self.offered()))
+        unknown = sorted(set(self.only or names) - set(names))
+        if unknown or self.only == ():
+            raise EvaluationError(
+                f"received the attacks {', '.join(unknown) or 'none'}; suite {self.name} has "
+                f"{', '.join(names)}"
+            )
 
     def grid(self, norm: str) -> tuple[float, ...]:
         """The radii at which the attacks of a norm run."""
@@ -192,7 +201,11 @@ class QuickSuite:
         return 3 * self.pgd.steps * self.pgd.restarts
 
     def attacks(self) -> tuple[Attack, ...]:
-        """The attacks in their order: white box first, then black box on what is left."""
+        """The attacks that are run, in their order."""
+        return tuple(one for one in self.offered() if self.only is None or one.name in self.only)
+
+    def offered(self) -> tuple[Attack, ...]:
+        """All that the suite has: white box first, then black box on what is left."""
         square, cost = self.square, self.square.queries
         return (
             attack("pgd", LINF, pgd_linf, self.pgd, self.climb()),

@@ -131,10 +131,15 @@ def evaluation_command(results: Mapping[str, Any], models: Sequence[str]) -> str
     words = ["epdistill", "evaluate", *models, "--suite", settings["name"]]
     words += ["--limit", str(results["n"]), "--subset", settings["subset"]]
     words += ["--seed", str(settings["seed"])]
-    if settings["name"] != "full" and any(model["verdict"] for model in results["models"]):
-        words.append("--diagnose")
-    if settings["name"] != "full" and settings["temporal"]:
-        words.append("--horizons")
+    only = settings.get("only")
+    if only:
+        words += ["--attacks", ",".join(only)]
+    # All of `full` has both in any case.
+    if settings["name"] != "full" or only:
+        if any(model["verdict"] for model in results["models"]):
+            words.append("--diagnose")
+        if settings["temporal"]:
+            words.append("--horizons")
     if settings["name"] != "paper":
         for norm in ("linf", "l2"):
             if settings.get(norm):

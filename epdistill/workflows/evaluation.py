@@ -129,7 +129,7 @@ def evaluate(
     _check_fit(subjects, data)
     content = validate(runs[0].config["recipe"], str(runs[0].path))
     how = with_strengths(recipe or content.evaluate, asked, name)
-    suite = chosen_suite(name, how, horizons=bool(asked.horizons))
+    suite = chosen_suite(name, how, horizons=bool(asked.horizons), attacks=asked.attacks)
     seed = content.seed if asked.seed is None else asked.seed
     limit = min(asked.limit or how.limit, len(split))
     official = _official(asked.corruptions)

@@ -40,6 +40,8 @@ class Asked:
         linf: Radii of the Linf balls of `quick` and `full`, overriding the recipe.
         l2: Radii of the L2 balls, likewise.
         steps: PGD steps of `quick` and `full`, likewise.
+        attacks: Names of the attacks of `quick` and `full` that are run, and nothing else of
+            `full` but the corruptions; all when None.
     """
 
     models: tuple[Path, ...] = ()
@@ -54,6 +56,7 @@ class Asked:
     linf: tuple[float, ...] | None = None
     l2: tuple[float, ...] | None = None
     steps: int | None = None
+    attacks: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every field, JSON-ready."""
@@ -69,9 +72,9 @@ class Asked:
         given = {name: content[name] for name in names if name in content}
         given["models"] = tuple(Path(path) for path in given["models"])
         given["corruptions"] = Path(given["corruptions"]) if given["corruptions"] else None
-        for norm in ("linf", "l2"):
-            if given.get(norm) is not None:
-                given[norm] = tuple(given[norm])
+        for name in ("linf", "l2", "attacks"):
+            if given.get(name) is not None:
+                given[name] = tuple(given[name])
         return cls(**given)
 
     def over(self, before: Asked) -> Asked:
@@ -98,6 +101,11 @@ def radii(text: str, flag: str) -> tuple[float, ...]:
     return found
 
 
+def names_of(text: str) -> tuple[str, ...]:
+    """The names in a flag, with commas between, in their order and each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 def with_strengths(how: EvaluateRecipe, asked: Asked, suite: str) -> EvaluateRecipe:
     """The recipe with the radii and PGD steps that were asked for.
 
@@ -117,18 +125,34 @@ def with_strengths(how: EvaluateRecipe, asked: Asked, suite: str) -> EvaluateRec
     return how.model_copy(update=changed)
 
 
-def chosen_suite(name: str, how: EvaluateRecipe, *, horizons: bool = False) -> QuickSuite:
+def chosen_suite(
+    name: str,
+    how: EvaluateRecipe,
+    *,
+    horizons: bool = False,
+    attacks: tuple[str, ...] | None = None,
+) -> QuickSuite:
     """A suite by name, with the recipe's radii and budgets.
 
     Args:
         name: `quick`, `paper` or `full`.
         how: Radii and budgets.
-        horizons: Sweep over horizons, with the suite's own steps; `full` always does.
+        horizons: Sweep over horizons, with the suite's own steps; `full` always does, but where
+            some attacks alone are wanted.
+        attacks: Their names; None for all that the suite has.
 
     Raises:
-        EvaluationError: An unknown name.
+        EvaluationError: An unknown suite, an attack that it has not, or some of `paper`, whose
+            table is the published one.
     """
     suite = _suite(name, how)
+    if attacks is not None:
+        if name == "paper":
+            raise EvaluationError(
+                f"attacks {', '.join(attacks)} with --suite paper, which has its own; expected "
+                "them with quick or full"
+            )
+        suite = replace(suite, only=attacks, horizons=None)
     if not horizons or suite.horizons is not None:
         return suite
     return replace(suite, horizons=_horizons(how, suite.pgd.steps))

@@ -9,7 +9,7 @@ import pytest
 from epdistill.errors import EvaluationError, RecipeError
 from epdistill.recipes import EvaluateRecipe
 from epdistill.workflows.commands import evaluation_command
-from epdistill.workflows.request import Asked, chosen_suite, radii, with_strengths
+from epdistill.workflows.request import Asked, chosen_suite, names_of, radii, with_strengths
 
 
 def test_horizons_on_request():
@@ -50,6 +50,43 @@ def test_steps_on_request():
             assert told.endswith(" --steps 7") == flag and ("--steps" in told) == flag
     with pytest.raises(EvaluationError, match="paper, which has its own"):
         with_strengths(EvaluateRecipe(), Asked(steps=7), "paper")
+
+
+def test_attacks_on_request():
+    how = EvaluateRecipe(l2=[0.25])
+    assert names_of("square, pgd,square") == ("square", "pgd")
+    quick = chosen_suite("quick", how, attacks=("square",))
+    assert [(one.name, one.norm) for one in quick.attacks()] == [("square", "linf")]
+    # Of `full` no sweep over horizons and no diagnosis is left, unless asked for.
+    full = chosen_suite("full", how, attacks=("autoattack",))
+    assert [(one.name, one.norm) for one in full.attacks()] == [
+        ("autoattack", "linf"), ("autoattack", "l2"),
+    ]  # fmt: skip
+    assert full.radii(full.attacks()[1]) == (0.25,)
+    assert full.temporal() is None and full.diagnosed() is None
+    assert chosen_suite("full", how, attacks=("pgd",), horizons=True).temporal() is not None
+    with pytest.raises(EvaluationError, match="attacks autoattack, fgsm; suite quick has pgd, squ"):
+        chosen_suite("quick", how, attacks=("fgsm", "pgd", "autoattack"))
+    with pytest.raises(EvaluationError, match="received the attacks none"):
+        chosen_suite("quick", how, attacks=())
+    with pytest.raises(EvaluationError, match="attacks pgd with --suite paper, which has its own"):
+        chosen_suite("paper", how, attacks=("pgd",))
+    asked = Asked((), attacks=("pgd", "square"))
+    assert Asked().over(Asked.from_json(json.loads(json.dumps(asked.to_json())))) == asked
+
+
+@pytest.mark.parametrize(
+    ("temporal", "verdict", "told"),
+    [(None, None, ""), ({"images": 3}, "WARN", " --diagnose --horizons")],
+)
+def test_a_command_names_its_attacks(temporal, verdict, told):
+    settings = {
+        "name": "full", "subset": "first", "seed": 0, "temporal": temporal,
+        "only": ["pgd", "square"], "pgd": {"steps": EvaluateRecipe().full.steps},
+    }  # fmt: skip
+    results = {"settings": settings, "n": 3, "models": [{"verdict": verdict}]}
+    command = evaluation_command(results, ["runs/a"])
+    assert command.endswith(f"--seed 0 --attacks pgd,square{told}")
 
 
 def test_radii_are_numbers_or_fractions():

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,16 @@ def test_the_page_holds_what_was_recorded(tmp_path: Path) -> None:
         assert f"records/{stem}.png)" in text
         assert (tmp_path / f"records/{stem}.png").stat().st_size > 1000
     assert str(tmp_path) not in text
+
+
+def test_budgets_are_told_of_what_was_run(tmp_path: Path) -> None:
+    record = evaluation_record()
+    settings = record.content["settings"]
+    kept = {**settings, "attacks": [one for one in settings["attacks"] if one["name"] == "square"]}
+    alone = replace(record, content={**record.content, "settings": kept})
+    write_record(alone, tmp_path / "records", DIGEST)
+    text = keep([], tmp_path / "records", tmp_path / "RESULTS.md").page.read_text()
+    assert "; Square 300 queries." in text and "PGD takes" not in text
 
 
 def test_runs_that_were_timed_beside_are_points_of_the_front(tmp_path: Path) -> None:
