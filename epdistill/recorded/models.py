@@ -13,7 +13,7 @@ from epdistill.teachers.figures import published_name
 TITLES = {
     "ep-cnn": "EP-CNN", "bp-cnn": "BP-CNN", "adv-cnn": "Adv-CNN", "vit": "ViT", "wca": "WCA-Net"
 }  # fmt: skip
-DISTILLED = "distilled"
+DISTILLED, LOGITS = "distilled", "logits alone"
 _RULES = {"ep": "", "bptt": " by BPTT", "implicit": " by the implicit gradient"}
 _INPUTS = {"clean": "", "mix": ", half with noise", "noise": ", noise", "corruption": ", corrupted"}
 
@@ -50,7 +50,7 @@ def title_of(run: Mapping[str, Any]) -> str:
     if own.get("loss", "distill") == "ce":
         words += ", labels" if not own.get("label_smoothing") else ", smoothed labels"
     else:
-        words += ", logits alone" if own.get("match") == "logits" else f", {DISTILLED}"
+        words += f", {LOGITS if own.get('match') == 'logits' else DISTILLED}"
         words += " with labels" if own.get("label_weight") else ""
         if _teacher(recipe) != TITLES[EP_CNN]:
             words += f" from {_teacher(recipe)}"
@@ -70,6 +70,11 @@ def _teacher(recipe: Mapping[str, Any]) -> str:
         own = recipe["baselines"]["adv_cnn"]
         return f"{TITLES[name]} {own['norm']} {own['eps']:g}"
     return TITLES[name]
+
+
+def has_teacher(title: str) -> bool:
+    """Whether what `title_of` calls so has learnt from a teacher."""
+    return any(f", {how}" in title for how in (DISTILLED, LOGITS))
 
 
 def published_key(run: Mapping[str, Any]) -> str | None:

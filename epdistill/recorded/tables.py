@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from epdistill.recorded import published
-from epdistill.recorded.models import DISTILLED, Kin, published_key
+from epdistill.recorded.models import Kin, has_teacher, published_key
 from epdistill.recorded.pooled import pooled_gaps, pooled_rows
 from epdistill.recorded.store import Record
 from epdistill.robustness.guards import L2, LINF
@@ -109,14 +109,14 @@ def ablation_tables(content: Mapping[str, Any]) -> list[str]:
 
 
 def pooled_tables(records: Sequence[Record]) -> list[str]:
-    """All ablations of one recipe and split together, and distilled students beside the others."""
+    """All ablations of one recipe and split together, and taught students beside the others."""
     rows = [
         _Row(title, _listed(cases[0]["seeds"]), cases)
         for title, cases in pooled_rows(records).items()
     ]
     gaps: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for gap in pooled_gaps(records):
-        if DISTILLED in gap["row"]:
+        if has_teacher(gap["row"]):
             gaps.setdefault((gap["row"], gap["reference"]), []).append(gap)
     found = _differences(gaps, _listed)
     told = ["Points more than another, over the seeds that both have (95 % interval):"]

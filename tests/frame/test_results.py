@@ -18,7 +18,7 @@ from epdistill.console import SILENT
 from epdistill.errors import EvaluationError
 from epdistill.recipes import load_recipe
 from epdistill.recorded import published
-from epdistill.recorded.models import published_key, title_of
+from epdistill.recorded.models import has_teacher, published_key, title_of
 from epdistill.recorded.store import (
     ABLATION,
     BENCH,
@@ -412,6 +412,7 @@ def test_a_damaged_source_records_nothing(done: Ablated, tmp_path: Path) -> None
 def test_titles_of_students(student: dict[str, Any], title: str) -> None:
     record = run_record("x", "student", student={**RECIPE["student"], **student})
     assert title_of(record.content) == title
+    assert has_teacher(title) == (student.get("loss") != "ce")
 
 
 def test_titles_of_teachers() -> None:
