@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ _STRONGER = {"student.inputs": "noise", "student.noise_std": 0.5}
 
 TEACHER, PLAIN, NOISE, INPUTS, DISTILLED = "ep-teacher", "ce", "noise", "ce-inputs", "distilled"
 STRONG, STRONGER = "noise-strong", "noise-stronger"
-# What every row is compared with over the same images.
+# What every row is compared with over the same images, beside noise of further strengths.
 REFERENCES = (TEACHER, PLAIN, NOISE, STRONG, STRONGER, INPUTS)
 
 ROWS = (
@@ -102,6 +102,8 @@ ROWS = (
     Row("wca", "a net with learned noise (WCA-Net)", "teacher", {"model": "wca"}),
 )  # fmt: skip
 NAMES = tuple(row.name for row in ROWS)
+# Then comes its standard deviation: a twin as accurate as a student is found by trying some.
+OTHER_NOISE = f"{NOISE}-"
 
 
 @dataclass(frozen=True)
@@ -182,16 +184,36 @@ def teacher_facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def find_row(name: str) -> Row:
-    """The row of a name.
+    """The row of a name: one of `NAMES`, or `noise-STD` for labels and noise of that strength.
 
     Raises:
         RecipeError: There is none.
     """
+    std = _other_noise(name)
+    if std is not None:
+        keys = {**_LABELS, "student.inputs": "noise", "student.noise_std": std}
+        return Row(f"{OTHER_NOISE}{std:g}", f"labels, noise {std:g}", "student", keys)
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise RecipeError(f"unknown row {name!r}{hint}; expected some of {', '.join(NAMES)}")
+        known = ", ".join((*NAMES, f"{OTHER_NOISE}STD"))
+        raise RecipeError(f"unknown row {name!r}{hint}; expected some of {known}")
     return ROWS[NAMES.index(name)]
+
+
+def _other_noise(name: str) -> float | None:
+    """The strength that a row's name says; None where it says none."""
+    try:
+        return float(name.removeprefix(OTHER_NOISE)) if name.startswith(OTHER_NOISE) else None
+    except ValueError:
+        return None
+
+
+def references_among(names: Iterable[str]) -> list[str]:
+    """Those rows that all others are compared with, in the order of the table."""
+    found = list(dict.fromkeys(names))
+    further = [name for name in found if _other_noise(name) is not None]
+    return [*(name for name in REFERENCES if name in found), *further]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from epdistill.robustness.paired import (
 from epdistill.robustness.pictures import accuracy_curves, save
 from epdistill.robustness.results import read_results
 from epdistill.runs import atomic_write, open_run, read_json, write_json
-from epdistill.workflows.ablation_plan import REFERENCES, Entry
+from epdistill.workflows.ablation_plan import Entry, references_among
 from epdistill.workflows.ablation_work import FIDELITY, Workplace
 from epdistill.workflows.evaluation import TEST
 
@@ -164,8 +164,8 @@ def _fidelity(seeds: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 def _differences(by_row: Mapping[str, list[Found]]) -> list[dict[str, Any]]:
     """Every row against every reference, on the seeds that both have."""
     rows = []
-    for reference in REFERENCES:
-        theirs = {one.entry.seed: one.cases for one in by_row.get(reference, ())}
+    for reference in references_among(by_row):
+        theirs = {one.entry.seed: one.cases for one in by_row[reference]}
         for name, some in by_row.items():
             mine = {one.entry.seed: one.cases for one in some if one.entry.seed in theirs}
             if name == reference or not mine:

@@ -8,7 +8,7 @@ from typing import Any
 from epdistill.robustness.guards import L2, LINF, NORMS
 from epdistill.robustness.paired import CLEAN
 from epdistill.robustness.shares import threat
-from epdistill.workflows.ablation_plan import REFERENCES
+from epdistill.workflows.ablation_plan import references_among
 
 # The radius of the published tables at which rows are compared in the printed table.
 HEADLINE = 0.309
@@ -100,8 +100,7 @@ def _compared(content: Mapping[str, Any], case: tuple[str, float]) -> Table:
         for row in content["differences"]
         if (row["norm"], row["eps"]) == case
     }
-    names = {reference for _, reference in found}
-    references = [name for name in REFERENCES if name in names]
+    references = references_among(reference for _, reference in found)
     body = [
         [
             row["row"],

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from epdistill.errors import RecipeError
 from epdistill.recipes import AblateRecipe, Recipe
 from epdistill.robustness.paper import TABLE_L2, TABLE_LINF
-from epdistill.workflows.ablation_plan import NAMES, plan_for
+from epdistill.workflows.ablation_plan import NAMES, plan_for, references_among
 
 
 def leaves(content: Any, above: str = "") -> dict[str, Any]:
@@ -42,6 +43,22 @@ def test_rows_change_what_they_say_and_nothing_else(base: Recipe):
     assert labels["bptt-teacher"] == teachers["distilled-bptt"] == "ep-cnn-bptt"
     assert teachers["distilled-adv"] == "adv-cnn"
     assert {teachers[name] for name in ("ce", "noise", "kd", "distilled")} == {"ep-cnn-ep"}
+
+
+def test_noise_of_any_strength_is_a_row_and_a_reference(base: Recipe):
+    plan = plan_for(base, ("kd", "noise-0.350", "noise-0.35", "noise-0.25", "noise-strong"), 1)
+    cells = {entry.row.name: entry.cell for entry in plan.entries()}
+    assert list(cells) == ["kd", "noise-0.35", "noise-0.25", "noise-strong"]
+    own = cells["noise-0.35"].recipe.student
+    assert (own.loss, own.inputs, own.noise_std) == ("ce", "noise", 0.35)
+    # The same training has one cell, whatever the row is called.
+    assert cells["noise-0.25"].fingerprint == cells["noise-strong"].fingerprint
+    assert references_among([*cells, "ce"]) == ["ce", "noise-strong", "noise-0.35", "noise-0.25"]
+    for name in ("noise-2", "noise--1", "noise-nan"):
+        with pytest.raises(RecipeError, match=rf"row {name}.*noise_std"):
+            plan_for(base, (name,), 1).entries()
+    with pytest.raises(RecipeError, match=r"unknown row 'noise-x'.*wca, noise-STD"):
+        plan_for(base, ("noise-x",), 1)
 
 
 def test_labels_count_once_and_only_where_a_row_says_so(base: Recipe):
