@@ -43,7 +43,8 @@ def evaluate(
     """Attack and corrupt models side by side; the worst case per image counts.
 
     Args:
-        models: Runs and `.onnx` files; the newest without any.
+        models: Runs, `.onnx` files, or `shipped` for teacher and file of this package; the newest
+            without any.
         suite: `quick` (the default), `paper` or `full`.
         limit: Test images.
         subset: Which ones: `first` or `random`.

@@ -274,7 +274,9 @@ app.command()(ablate)
 def evaluate(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(help="Runs and .onnx files; the newest without any.", show_default=False),
+        typer.Argument(
+            help="Runs, .onnx files, or shipped; the newest without any.", show_default=False
+        ),
     ] = None,
     suite: Annotated[
         str | None,

@@ -75,6 +75,22 @@ def default_models(context: Context) -> list[Path]:
     return [teachers[0].path]
 
 
+def named_models(models: Sequence[Path]) -> tuple[Path, ...]:
+    """The models that a user means: `shipped` is the teacher and the file of this package.
+
+    Args:
+        models: As typed; something of that name in the current folder comes first.
+    """
+    from epdistill.export import pretrained as exported
+    from epdistill.teachers import pretrained as taught
+
+    found: list[Path] = []
+    for typed in models:
+        # The two names stand for one path each, which is what was typed unless it is `shipped`.
+        found += dict.fromkeys((taught.named(typed), exported.named(typed)))
+    return tuple(found)
+
+
 def evaluate(
     models: Sequence[Path],
     context: Context,
@@ -113,7 +129,7 @@ def evaluate(
     from epdistill.robustness.results import summary, write_results
     from epdistill.robustness.suites import QUICK, find_suite
 
-    asked = replace(asked, models=tuple(models) or asked.models)
+    asked = replace(asked, models=named_models(models) or asked.models)
     resumed = unfinished_evaluation(context, out) if resume else None
     if resumed is not None:
         asked = asked.over(Asked.from_json(read_header(resumed)))

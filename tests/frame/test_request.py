@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from epdistill.errors import EvaluationError, RecipeError
 from epdistill.recipes import EvaluateRecipe
+from epdistill.runs import open_run
 from epdistill.workflows.commands import evaluation_command
+from epdistill.workflows.evaluation import named_models
 from epdistill.workflows.request import Asked, chosen_suite, names_of, radii, with_strengths
 
 
@@ -50,6 +53,17 @@ def test_steps_on_request():
             assert told.endswith(" --steps 7") == flag and ("--steps" in told) == flag
     with pytest.raises(EvaluationError, match="paper, which has its own"):
         with_strengths(EvaluateRecipe(), Asked(steps=7), "paper")
+
+
+def test_shipped_is_teacher_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    teacher, file, run = named_models([Path("shipped"), Path("runs/a")])
+    assert open_run(teacher, "teacher").config["finished"] and file.is_file()
+    assert (file.suffix, run) == (".onnx", Path("runs/a"))
+    assert named_models([]) == ()
+    # What lies here under that name comes first.
+    (tmp_path / "shipped").mkdir()
+    assert named_models([Path("shipped")]) == (Path("shipped"),)
 
 
 def test_attacks_on_request():
