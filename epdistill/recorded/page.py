@@ -30,8 +30,8 @@ from epdistill.runs import atomic_write, machine_of
 
 NOTES = "notes.md"
 _NO_GRADIENTS = (
-    " Files have no gradients: they are attacked by Square and by images made on the other models, "
-    "which leaves them looking a little better than they are."
+    " Files have no gradients: they are attacked by what needs none and by images made on the "
+    "other models, which leaves them looking a little better than they are."
 )
 _NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
