@@ -82,6 +82,7 @@ def ablate(
     from epdistill.workflows.ablation import ablate as work
     from epdistill.workflows.ablation_results import JSON_NAME
     from epdistill.workflows.evaluation import TEST, VALIDATION
+    from epdistill.workflows.request import names_of
 
     if split not in (None, TEST, VALIDATION):
         raise RecipeError(f"--split {split}; expected {VALIDATION} or {TEST}")
@@ -92,7 +93,7 @@ def ablate(
         "student.epochs": epochs, "baselines.adv_cnn.epochs": epochs, "ablate.limit": limit
     }  # fmt: skip
     without_recipe(resume, recipe, overrides, "ablation")
-    names = None if rows is None else tuple(name.strip() for name in rows.split(","))
+    names = None if rows is None else names_of(rows)
     asked = Asked(names, seeds, split, tuple(teacher) if teacher else None)
     context = context_of(runs, data_root, download, device, quiet, track)
     base = None if resume else load_recipe(recipe or recipe_for(data), overrides)

@@ -183,14 +183,13 @@ def _evaluation(
         f"{content['n']} {settings['split']} images ({settings['subset']}), seed {settings['seed']}"
     )
     attacks = [one["name"] for one in settings["attacks"]]
-    budget = _budget(settings, attacks)
     for model in models:
         attacks += [name for case in model["worst_case"] for name in case.get("attacks", ())]
     lines = [
         "",
         f"### Worst case under `--suite {settings['name']}`, {where}",
         "",
-        f"Attacks: {', '.join(dict.fromkeys(attacks))}{budget}."
+        f"Attacks: {', '.join(dict.fromkeys(attacks))}{_budget(settings, attacks)}."
         + (_NO_GRADIENTS if any(model.get("kind") == "onnx" for model in models) else ""),
         *worst_table(record, named),
     ]

@@ -175,9 +175,13 @@ class QuickSuite:
                 check_corruption(name, severity)
         if self.samples < 1:
             raise EvaluationError(f"received {self.samples} samples; expected at least 1")
+        if self.only is not None:
+            self._check_names(self.only)
+
+    def _check_names(self, only: tuple[str, ...]) -> None:
         names = tuple(dict.fromkeys(attack.name for attack in self.offered()))
-        unknown = sorted(set(self.only or names) - set(names))
-        if unknown or self.only == ():
+        unknown = sorted(set(only) - set(names))
+        if unknown or not only:
             raise EvaluationError(
                 f"received the attacks {', '.join(unknown) or 'none'}; suite {self.name} has "
                 f"{', '.join(names)}"
