@@ -21,7 +21,14 @@ from torch import Tensor
 
 from epdistill.teachers.captured import allowed, relax_recorded
 from epdistill.teachers.energy import Network, Pooled, States, zero_states
-from epdistill.teachers.mixed import Base, DifferencePhase, coarse_states, lowered, make_base
+from epdistill.teachers.mixed import (
+    Base,
+    DifferencePhase,
+    coarse_states,
+    computes_low,
+    lowered,
+    make_base,
+)
 from epdistill.teachers.phase import Phase, pools_at, rows_of
 from epdistill.teachers.schedule import Certificate, Nudge, Push, Relaxed, Schedule
 
@@ -50,8 +57,13 @@ def _begin(
 
 
 def is_mixed(network: Network, schedule: Schedule) -> bool:
-    """Whether this network relaxes by differences under this schedule."""
-    return schedule.precision == "mixed" and network.weights[0].dtype == torch.float32
+    """Whether this network relaxes by differences under this schedule, where it is now."""
+    first = network.weights[0]
+    return (
+        schedule.precision == "mixed"
+        and first.dtype == torch.float32
+        and computes_low(first.device)
+    )
 
 
 def records(network: Network, schedule: Schedule) -> bool:

@@ -34,7 +34,8 @@ class Schedule:
         precision: `"full"`: everything in the network's own dtype; `"mixed"`: float32
             networks relax `coarse` sweeps in bfloat16 and then only differences from
             a float32 base go through bfloat16 (see `epdistill.teachers.mixed`).
-            Mixed is red-black only; a float64 network ignores it.
+            Mixed is red-black only; a float64 network ignores it, and so does a device
+            that has no bfloat16 of its own, where it would only cost time.
         coarse: Sweeps in plain bfloat16 before the differences; mixed only.
     """
 

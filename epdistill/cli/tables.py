@@ -168,11 +168,14 @@ def dynamics_table(done: Dynamics) -> None:
         return f"{found['median']:.1e}, worst {found['max']:.1e}"
 
     shares, reference = content["converged_share"], content["reference_converged_share"]
+    inferred = {"mixed": "infer_speedup", "float32": "infer_speedup_float32"}
+    if len(content["teach_speedups"]) == 1:
+        del inferred["mixed"]
     rows = [
         *([f"teaching step, {name}", ratio(found), ""]
           for name, found in content["teach_speedups"].items()),
-        ["inference to its residual, mixed", ratio(content["infer_speedup"]), ""],
-        ["inference to its residual, float32", ratio(content["infer_speedup_float32"]), ""],
+        *([f"inference to its residual, {name}", ratio(content[key]), ""]
+          for name, key in inferred.items()),
         ["implicit gradient over 70 unrolled", ratio(content["implicit_gradient_speedup"]), ""],
         *([f"worst layer's gradient cosine, {name}", f"{min(found):.4f}",
            f"{content['reference_gradient_cosine_min']:.4f}"]

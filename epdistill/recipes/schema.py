@@ -309,7 +309,8 @@ class Recipe(_Section):
             `wca`.
         precision: `float32`, `float64`, or `bfloat16`: relaxations run in bfloat16 and are
             refined by differences from a float32 base (fast where the processor has
-            bfloat16 matrix units); weights stay in float32.
+            bfloat16 matrix units; in float32 where it has no bfloat16 at all); weights stay
+            in float32.
     """
 
     name: str = "custom"

@@ -66,23 +66,32 @@ class Dynamics:
     content: dict[str, Any]
 
 
-def variants(tolerance: float) -> list[Variant]:
+def full_schedule(tolerance: float) -> Schedule:
+    """Red-black in float32, settling to a residual of `tolerance`."""
+    from epdistill.teachers.schedule import Schedule
+
+    return Schedule(omega=OMEGA, tolerance=tolerance, sweeps=100)
+
+
+def variants(network: Network, tolerance: float) -> list[Variant]:
     """Red-black in float32, and in mixed precision with shorter and longer nudged phases.
 
     Args:
+        network: Where it lies decides whether there is a mixed precision.
         tolerance: Residual at which the free phases stop.
     """
-    from epdistill.teachers.schedule import Schedule
+    from epdistill.teachers.relaxation import is_mixed
 
-    full = Schedule(omega=OMEGA, tolerance=tolerance, sweeps=100)
+    full = full_schedule(tolerance)
     mixed = full.with_(precision="mixed", coarse=10)
+    lengths = (10, 20) if is_mixed(network, mixed) else ()
 
     def nudged(free: Schedule, sweeps: int) -> Schedule:
         return free.with_(tolerance=0.0, sweeps=sweeps, omega=NUDGED_OMEGA)
 
     return [
         Variant(FLOAT32, full, nudged(full, 15)),
-        *(Variant(f"red-black mixed, {k} nudged", mixed, nudged(mixed, k)) for k in (10, 20)),
+        *(Variant(f"red-black mixed, {k} nudged", mixed, nudged(mixed, k)) for k in lengths),
     ]
 
 
@@ -194,7 +203,8 @@ def _teaching(
     """Teaching and inference speed, residuals and gradient cosines.
 
     Every variant's free phase goes on to the reference's residual. Of the mixed variants the
-    fastest one with a right gradient speaks for all, or without one the most accurate.
+    fastest one with a right gradient speaks for all, or without one the most accurate; where
+    there are none, float32 does.
     """
     from epdistill.export.bench import Contender, bench, ratios
     from epdistill.teachers.learning import ep_step
@@ -206,7 +216,7 @@ def _teaching(
     reference_states, reference_found = reference_gradients(network, x, labels, beta=beta)
     reference_gap = residuals(network, x, reference_states)
     goal = max(float(reference_gap.median()), FLOOR)
-    ours = variants(goal)
+    ours = variants(network, goal)
 
     def step(variant: Variant) -> Callable[[Tensor], Step]:
         return lambda _: ep_step(
@@ -234,8 +244,9 @@ def _teaching(
     )
     speed = {row.name: row.speedup for row in taught}
     worst = {name: min(found) for name, found in cosines.items()}
-    fit = [name for name in worst if name != FLOAT32 and worst[name] >= RIGHT]
-    fallback = max((name for name in worst if name != FLOAT32), key=worst.__getitem__)
+    mixed = [name for name in worst if name != FLOAT32]
+    fit = [name for name in mixed if worst[name] >= RIGHT]
+    fallback = max(mixed, key=worst.__getitem__, default=FLOAT32)
     chosen = max(fit, key=speed.__getitem__, default=fallback)
     # Free phases do not differ between the mixed variants.
     free = {FLOAT32: ours[0].free, chosen: ours[-1].free}
@@ -361,7 +372,7 @@ def _input_gradients(
         return saved_bytes(lambda: F.cross_entropy(view(x), labels))
 
     still = model.eval().requires_grad_(False)
-    settled = variants(SETTLED_AT)[0].free
+    settled = full_schedule(SETTLED_AT)
     implicit = still.with_gradient("implicit").with_schedule(settled)
     unrolled = still.with_gradient("unrolled-first", UNROLL)
     name = f"unrolled {UNROLL}"
@@ -398,7 +409,7 @@ def _settling(model: EPCNN, images: Tensor) -> dict[str, Any]:
     from epdistill.teachers.relaxation import relax
     from epdistill.teachers.schedule import PUBLISHED
 
-    ours = variants(SETTLED_AT)[0].free.with_(sweeps=250)
+    ours = full_schedule(SETTLED_AT).with_(sweeps=250)
     network = model.network()
 
     def share(schedule: Schedule) -> float:

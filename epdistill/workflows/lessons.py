@@ -69,9 +69,12 @@ def _ep_cnn(
     tell: Callable[[str], None],
     team: Team,
 ) -> Lesson:
+    from epdistill.teachers.mixed import computes_low
     from epdistill.teachers.teach import TeachTask, build_teacher, measure
 
     model = build_teacher(recipe, data).to(device, dtype)
+    if recipe.precision == "bfloat16" and not computes_low(device):
+        tell(f"no bfloat16 in this {device.type}: relaxing in float32, which is faster here")
     described = {
         "architecture": model.architecture.to_dict(),
         "schedule": model.schedule.to_dict(),

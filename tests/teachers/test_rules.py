@@ -1,4 +1,4 @@
-"""EP, BPTT and the implicit gradient agree; tipped images; mixed precision; health."""
+"""EP, BPTT and the implicit gradient agree; tipped images; health."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from epdistill.augment import Augmentation
 from epdistill.data import DataSet, load
 from epdistill.errors import DivergedError, RecipeError
 from epdistill.recipes import load_recipe
-from epdistill.teachers.architecture import Architecture, LayerSpec, layers_for
+from epdistill.teachers.architecture import Architecture, LayerSpec
 from epdistill.teachers.health import Watch, collapsed_layers
 from epdistill.teachers.learning import ep_step, tipped_images, tipped_weights
-from epdistill.teachers.mixed import DifferencePhase, lowered, make_base
 from epdistill.teachers.model import EPCNN
-from epdistill.teachers.phase import Phase
-from epdistill.teachers.relaxation import relax
 from epdistill.teachers.rules import bptt_step, implicit_step
-from epdistill.teachers.schedule import Schedule, make_nudge
+from epdistill.teachers.schedule import Schedule
 from epdistill.teachers.teach import TeachTask, build_teacher
 from epdistill.teachers.theorem import check_theorem
 from epdistill.training import fit
@@ -148,95 +145,6 @@ def test_clipping_changes_only_what_tipped_images_add() -> None:
         not torch.equal(a, b)
         for a, b in zip(kept.gradients.weights, clipped.gradients.weights, strict=True)
     )
-
-
-def float_model() -> tuple[EPCNN, torch.Tensor, torch.Tensor]:
-    architecture = Architecture(3, 32, layers_for(32, width=8), 10, (0.5,) * 3, (0.25,) * 3)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = EPCNN(architecture, Schedule(omega=1.3), init_scale=2.5)
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(16, 3, 32, 32, generator=generator)
-    return model, images, torch.randint(0, 10, (16,), generator=generator)
-
-
-def test_differences_are_exact_where_nothing_changed_and_close_where_little_did() -> None:
-    model, images, _ = float_model()
-    network, x = model.network(), model.normalise(images)
-    states = model.relax(images, Schedule(omega=1.3, tolerance=0.0, sweeps=12)).states
-    drive = network.pool(1, network.drive(1, x))
-    base = make_base(network, drive, states)
-    generator = torch.Generator().manual_seed(2)
-    for size in (0.0, 1e-3, 0.3):
-        moved = [
-            (s + size * (torch.rand(s.shape, generator=generator) - 0.5)).clamp(0, 1)
-            for s in states
-        ]
-        exact = Phase(network, drive, moved, None).forces()
-        phase = DifferencePhase(network, lowered(network), base, moved, None)
-        with torch.no_grad():
-            close = phase.forces()
-        for one, other in zip(close, exact, strict=True):
-            # bfloat16 keeps 8 bits of the difference. Where two maxima almost tie, the
-            # rounding may pick the other one; that moves single feedbacks, not the mean.
-            gap = (one - other).abs()
-            assert float(gap.mean()) <= 2e-3 * size + 1e-6
-        phase.refresh()
-        for one, other in zip(phase.forces(), exact, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
-def test_mixed_precision_settles_and_keeps_the_gradient() -> None:
-    model, images, labels = float_model()
-    network, x = model.network(), model.normalise(images)
-    mixed = Schedule(
-        omega=1.3, tolerance=1e-5, sweeps=400, precision="mixed", check_every=10, coarse=10
-    )
-    nudged = mixed.with_(tolerance=0.0, sweeps=60)
-    step = ep_step(network, x, labels, beta=0.5, free=mixed, nudged=nudged)
-    assert bool(step.free.certificate.converged.all())
-    assert float(step.free.certificate.residual.max()) <= 1e-5
-    double = model.double()
-    exact = SETTLE.with_(tolerance=1e-11)
-    network, x = double.network(), x.double()
-    rest = relax(network, x, exact, start=[s.double() for s in step.free.states])
-    nudges = [
-        relax(network, x, exact, start=rest.states, nudge=make_nudge(network, labels, b))
-        for b in (0.5, -0.5)
-    ]
-    truth = ep_step(network, x, labels, beta=0.5, free=exact, nudged=exact)
-    same = all(
-        float((a - b).abs().max()) < 1e-6
-        for a, b in zip(rest.states, truth.free.states, strict=True)
-    )
-    if not same:  # another equilibrium: compare with the gradient at our own
-        from epdistill.teachers.learning import phi_difference
-        from epdistill.teachers.phase import pools_at
-
-        drive = network.pool(1, network.drive(1, x))
-        ends = [end.states for end in nudges]
-        pools = [pools_at(network, end, drive) for end in ends]
-        weights, _ = phi_difference(network, x, *ends, *pools)
-        wanted = [-w / (2 * 0.5 * len(x)) for w in weights]
-    else:
-        wanted = list(truth.gradients.weights)
-    for found, goal in zip(step.gradients.weights, wanted, strict=True):
-        cosine = float((found.double() * goal).sum() / (found.double().norm() * goal.norm()))
-        assert cosine > 0.99
-
-
-def test_mixed_precision_retires_without_harm() -> None:
-    model, images, _ = float_model()
-    mixed = Schedule(
-        omega=1.3, tolerance=1e-5, sweeps=400, precision="mixed", check_every=5, coarse=5
-    )
-    relaxed = model.relax(images, mixed)
-    assert bool(relaxed.certificate.converged.all())
-    assert relaxed.certificate.sweeps.unique().numel() > 1
-    from epdistill.teachers.relaxation import residuals
-
-    again = residuals(model.network(), model.normalise(images), relaxed.states)
-    assert float(again.max()) <= 2e-5
 
 
 @pytest.fixture(scope="module")
