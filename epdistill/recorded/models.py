@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from epdistill.recipes import EP_CNN
+from epdistill.recipes import BUNDLED, EP_CNN, load_recipe, section_of
 from epdistill.recorded.store import RUN, Record, of_kind
 from epdistill.teachers.figures import published_name
 
@@ -44,7 +45,34 @@ def title_of(run: Mapping[str, Any]) -> str:
     """
     recipe = run["recipe"]
     if run["kind"] == "teacher":
-        return _teacher(recipe)
+        return _teacher(recipe) + _length(recipe, section_of(recipe.get("model", EP_CNN)))
+    return _student(recipe) + _length(recipe, "student")
+
+
+def _length(recipe: Mapping[str, Any], section: str) -> str:
+    """How many epochs, where the bundled recipe of that name has another number of them."""
+    found, usual = _epochs(recipe, section), _usual_epochs(recipe.get("name", ""), section)
+    if None in (found, usual) or found == usual:
+        return ""
+    return f", {found} epoch" + "s" * (found != 1)
+
+
+@cache
+def _usual_epochs(name: str, section: str) -> int | None:
+    if name not in BUNDLED:
+        return None
+    return _epochs(load_recipe(name, environment={}).model_dump(mode="json"), section)
+
+
+def _epochs(recipe: Mapping[str, Any], section: str) -> int | None:
+    """None for a recipe that does not say it."""
+    content: Mapping[str, Any] = recipe
+    for key in section.split("."):
+        content = content.get(key, {})
+    return content.get("epochs")
+
+
+def _student(recipe: Mapping[str, Any]) -> str:
     own = recipe["student"]
     words = f"{own['name']}" + (f" x{own['width']}" if own.get("width") else "")
     if own.get("loss", "distill") == "ce":

@@ -410,8 +410,11 @@ def test_a_damaged_source_records_nothing(done: Ablated, tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_titles_of_students(student: dict[str, Any], title: str) -> None:
-    record = run_record("x", "student", student={**RECIPE["student"], **student})
+    own = {**RECIPE["student"], **student}
+    record = run_record("x", "student", student=own)
     assert title_of(record.content) == title
+    longer = run_record("x", "student", student={**own, "epochs": 4})
+    assert title_of(longer.content) == f"{title}, 4 epochs"
     assert has_teacher(title) == (student.get("loss") != "ce")
 
 
@@ -426,6 +429,9 @@ def test_titles_of_teachers() -> None:
             {"teacher": {"channels": [1], "rule": "bptt"}},
             {"model": "adv-cnn", "baselines": adv},
             {"model": "wca"},
+            {"model": "bp-cnn", "baselines": {"bp_cnn": {"epochs": 15}}},
+            {"model": "bp-cnn", "baselines": {"bp_cnn": {"epochs": 1}}},
+            {"model": "vit", "baselines": {"vit": {"epochs": 2}}},
         )
     }
     assert found == {
@@ -433,7 +439,13 @@ def test_titles_of_teachers() -> None:
         "EP-CNN by BPTT": None,
         "Adv-CNN l2 0.5": published.ADV_HALF,
         "WCA-Net": "wca",
+        "BP-CNN": published.BP,
+        # Another number of epochs than the bundled recipe of that name has.
+        "BP-CNN, 1 epoch": published.BP,
+        "ViT, 2 epochs": published.VIT,
     }
+    own = run_record("x", "teacher", model="vit", baselines={"vit": {"epochs": 2}}).content
+    assert title_of({**own, "recipe": {**own["recipe"], "name": "mine"}}) == "ViT"
     assert published.one("cifar10", published.CLEAN, "wca") is None
 
 
