@@ -92,6 +92,7 @@ ROWS = (
     Row("distilled-bptt", "distilled from the BPTT twin", "student", {"teacher.rule": "bptt"}),
     Row("bptt-teacher", "the BPTT twin itself", "teacher", {"teacher.rule": "bptt"}),
     Row("distilled-adv", "distilled from the adv-cnn", "student", {"model": "adv-cnn"}),
+    Row("distilled-bp", "distilled from the bp-cnn", "student", {"model": "bp-cnn"}),
     Row("bp-cnn", "the EP-CNN's layers as an ordinary net", "teacher", {"model": "bp-cnn"}),
     Row("adv-cnn", "adversarial training itself", "teacher", {"model": "adv-cnn"}),
     Row(
