@@ -45,8 +45,14 @@ def title_of(run: Mapping[str, Any]) -> str:
     """
     recipe = run["recipe"]
     if run["kind"] == "teacher":
-        return _teacher(recipe) + _length(recipe, section_of(recipe.get("model", EP_CNN)))
-    return _student(recipe) + _length(recipe, "student")
+        words, length = _teacher(recipe), _teaching_length(recipe)
+    else:
+        words, length = _student(recipe), _length(recipe, "student")
+    return f"{words}, {length}" if length else words
+
+
+def _teaching_length(recipe: Mapping[str, Any]) -> str:
+    return _length(recipe, section_of(recipe.get("model", EP_CNN)))
 
 
 def _length(recipe: Mapping[str, Any], section: str) -> str:
@@ -54,7 +60,7 @@ def _length(recipe: Mapping[str, Any], section: str) -> str:
     found, usual = _epochs(recipe, section), _usual_epochs(recipe.get("name", ""), section)
     if None in (found, usual) or found == usual:
         return ""
-    return f", {found} epoch" + "s" * (found != 1)
+    return f"{found} epoch" + "s" * (found != 1)
 
 
 @cache
@@ -80,8 +86,11 @@ def _student(recipe: Mapping[str, Any]) -> str:
     else:
         words += f", {LOGITS if own.get('match') == 'logits' else DISTILLED}"
         words += " with labels" if own.get("label_weight") else ""
-        if _teacher(recipe) != TITLES[EP_CNN]:
-            words += f" from {_teacher(recipe)}"
+        teacher, length = _teacher(recipe), _teaching_length(recipe)
+        if length:
+            words += f" from {teacher} ({length})"
+        elif teacher != TITLES[EP_CNN]:
+            words += f" from {teacher}"
     if own["inputs"] == "adversarial":
         return f"{words}, adversarial images (trained for)"
     words += _INPUTS[own["inputs"]]
@@ -146,3 +155,22 @@ def titles(records: Sequence[Record]) -> dict[str, str]:
         for file in record.content["files"]:
             named[f"{record.name}/{file['name']}"] = f"{title}, {file['precision']} file"
     return named
+
+
+def told_apart(
+    names: Sequence[str], named: Mapping[str, str], runs: Mapping[str, Record]
+) -> dict[str, str]:
+    """What models of one table are; with the seed where two of them would read alike.
+
+    Args:
+        names: Of the models.
+        named: As `titles` has it.
+        runs: The recorded runs by name.
+    """
+    read = [named.get(name, name) for name in names]
+    return {
+        name: f"{title}, seed {runs[run].content['recipe']['seed']}"
+        if read.count(title) > 1 and (run := name.partition("/")[0]) in runs
+        else title
+        for name, title in zip(names, read, strict=True)
+    }

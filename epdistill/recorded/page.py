@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from epdistill.recorded.models import Kin, kins, titles
+from epdistill.recorded.models import Kin, kins, titles, told_apart
 from epdistill.recorded.pictures import draw_all
 from epdistill.recorded.store import (
     ABLATION,
@@ -179,6 +179,7 @@ def _evaluation(
 ) -> list[str]:
     content = record.content
     settings, models = content["settings"], content["models"]
+    named = told_apart([model["name"] for model in models], named, runs)
     where = (
         f"{content['n']} {settings['split']} images ({settings['subset']}), seed {settings['seed']}"
     )

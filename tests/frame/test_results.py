@@ -18,7 +18,7 @@ from epdistill.console import SILENT
 from epdistill.errors import EvaluationError
 from epdistill.recipes import load_recipe
 from epdistill.recorded import published
-from epdistill.recorded.models import has_teacher, published_key, title_of
+from epdistill.recorded.models import has_teacher, published_key, title_of, titles, told_apart
 from epdistill.recorded.store import (
     ABLATION,
     BENCH,
@@ -446,6 +446,27 @@ def test_titles_of_teachers() -> None:
     }
     own = run_record("x", "teacher", model="vit", baselines={"vit": {"epochs": 2}}).content
     assert title_of({**own, "recipe": {**own["recipe"], "name": "mine"}}) == "ViT"
+
+
+def test_models_that_would_read_alike_are_told_apart_by_their_seeds() -> None:
+    short = {"bp_cnn": {"epochs": 1}}
+    records = [
+        run_record(f"bp-{seed}", "teacher", model="bp-cnn", baselines=short, seed=seed)
+        for seed in (0, 1)
+    ]
+    student = run_record("s", "student", model="bp-cnn", baselines=short)
+    named, runs = titles([*records, student]), {one.name: one for one in [*records, student]}
+    names = ["bp-0", "s", "bp-1", "s/model-int8.onnx", "unknown"]
+    told = told_apart(names, named, runs)
+    words = "resnet18 x16, distilled from BP-CNN (1 epoch), half with noise 0.1"
+    assert told == {
+        "bp-0": "BP-CNN, 1 epoch, seed 0",
+        "s": words,
+        "bp-1": "BP-CNN, 1 epoch, seed 1",
+        "s/model-int8.onnx": f"{words}, int8 file",
+        "unknown": "unknown",
+    }
+    assert told_apart(["bp-0"], named, runs) == {"bp-0": "BP-CNN, 1 epoch"}
     assert published.one("cifar10", published.CLEAN, "wca") is None
 
 
