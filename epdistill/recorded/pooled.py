@@ -32,6 +32,8 @@ def row_title(content: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         row: One of its `rows`.
     """
     recipe = copy.deepcopy(dict(content["recipe"]))
+    if row["keys"].get("student.name", recipe["student"]["name"]) != recipe["student"]["name"]:
+        recipe["student"].pop("width", None)  # another student has its own, as when it was made
     for dotted, value in row["keys"].items():
         set_key(recipe, dotted, value)
     return title_of({"kind": row["kind"], "recipe": recipe})

@@ -101,6 +101,15 @@ def test_rows_are_known_by_what_they_are(two: list[Record]) -> None:
         assert record.content["recipe"]["student"]["loss"] == "distill"
 
 
+def test_another_student_has_not_the_width_of_the_base(two: list[Record]) -> None:
+    (row, *_), content = two[0].content["rows"], two[0].content
+    content["recipe"]["student"]["width"] = 16
+    assert row_title(content, row) == "cnn x16, labels, noise 0.1"
+    row["keys"]["student.name"] = "vit_tiny"
+    assert row_title(content, row) == "vit_tiny, labels, noise 0.1"
+    assert content["recipe"]["student"]["width"] == 16
+
+
 def test_a_row_is_the_mean_over_all_its_seeds(two: list[Record]) -> None:
     rows = pooled_rows(two)
     assert list(rows) == [LABELS, TAUGHT]
