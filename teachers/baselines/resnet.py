@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 # Smaller images keep their resolution in the stem.
 LARGE_IMAGE = 64
+# The most that a block of oneDNN's kernels holds.
+BLOCK = 16
+
+
+class Shortcut(nn.Conv2d):
+    """A strided 1x1 convolution without bias, whose few channels are picked before it.
+
+    With fewer input channels than a block of its kernels (8 with AVX2, 16 with AVX-512), in
+    channels-last order, oneDNN's backward pass of such a convolution writes past its memory
+    (https://github.com/uxlfoundation/oneDNN/issues/6035): crashes, hangs or wrong gradients,
+    torch 2.14 included. Without a stride it does not, and the answer is the same.
+    """
+
+    def __init__(self, below: int, above: int, stride: int) -> None:
+        super().__init__(below, above, 1, stride, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps (N,C,H,W) to (N,C',H',W')."""
+        if self.in_channels >= BLOCK:
+            return super().forward(images)
+        rows, columns = self.stride
+        return F.conv2d(images[:, :, ::rows, ::columns], self.weight)
 
 
 def conv_bn_relu(below: int, above: int, kernel: int, stride: int) -> nn.Sequential:
@@ -49,9 +72,7 @@ def resnet_stages(
             stride = 2 if index and not block else 1
             shortcut = None
             if stride != 1 or below != above:
-                shortcut = nn.Sequential(
-                    nn.Conv2d(below, above, 1, stride, bias=False), nn.BatchNorm2d(above)
-                )
+                shortcut = nn.Sequential(Shortcut(below, above, stride), nn.BatchNorm2d(above))
             blocks.append(BasicBlock(below, above, stride, shortcut))
             below = above
         stages.append(nn.Sequential(*blocks))

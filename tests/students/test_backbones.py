@@ -16,6 +16,7 @@ from epdistill.students.registry import registered
 from epdistill.students.spec import Goal, StudentSpec
 from epdistill.students.tapping import find_stages
 from epdistill.students.torchvision_nets import adapt_stem, patch_size
+from epdistill.teachers.baselines.resnet import BLOCK, Shortcut
 
 GoalOf = Callable[..., Goal]
 # Narrow, so that the tests are quick; torchvision's own have no width.
@@ -29,6 +30,31 @@ def request(size: int, channels: int = 1, **changes: object) -> Request:
 
 def test_all_registered_are_tested() -> None:
     assert set(WIDTHS) == set(names())
+
+
+@pytest.mark.parametrize(
+    ("below", "size", "stride"), [(4, 8, 2), (4, 7, 2), (15, 9, 3), (16, 8, 2)]
+)
+def test_a_shortcut_is_the_convolution_it_stands_for(below: int, size: int, stride: int) -> None:
+    shortcut = Shortcut(below, 2 * below, stride).double()
+    plain = nn.Conv2d(below, 2 * below, 1, stride, bias=False).double()
+    plain.load_state_dict(shortcut.state_dict())
+    images = torch.randn(3, below, size, size, dtype=torch.float64)
+    found, wanted = [], []
+    for net, kept in ((shortcut, found), (plain, wanted)):
+        maps = net(images.clone().requires_grad_())
+        kept += [maps, *torch.autograd.grad(maps.square().sum(), list(net.parameters()))]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*WIDTHS, *TORCHVISION])
+def test_no_backbone_strides_where_onednn_writes_past_its_memory(name: str, goal: GoalOf) -> None:
+    student = Student(StudentSpec(name, WIDTHS.get(name), goal(32, 3)))
+    for module in student.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+            safe = module.stride == (1, 1) or module.in_channels >= BLOCK
+            assert safe or isinstance(module, Shortcut), module
 
 
 @pytest.mark.parametrize("name", [*WIDTHS, *TORCHVISION])
