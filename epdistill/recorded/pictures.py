@@ -192,10 +192,11 @@ def _front(
     runs = of_kind(records, RUN)
 
     def shown(benches: Sequence[Record]) -> list[tuple[str, float, Mapping[str, Any]]]:
+        found = [one for one in _latencies(benches, runs).items() if one[0][0] in robust]
+        if len({name for (name, _), _ in found}) < 2:
+            return []  # one model has nothing to stand against
         return [
-            (f"{titles.get(name, name)} ({how})", ms, robust[name])
-            for (name, how), ms in _latencies(benches, runs).items()
-            if name in robust
+            (f"{titles.get(name, name)} ({how})", ms, robust[name]) for (name, how), ms in found
         ]
 
     by_machine = {

@@ -265,6 +265,16 @@ def test_runs_that_were_timed_beside_are_points_of_the_front(tmp_path: Path) -> 
         assert words in drawn
 
 
+def test_one_model_alone_is_no_front(tmp_path: Path) -> None:
+    folder, judged = filled(tmp_path / "records"), evaluation_record()
+    judged.content["models"] = [m for m in judged.content["models"] if m["name"] == "teacher"]
+    write_record(judged, folder, DIGEST)
+    # However far apart the ways to ask it are.
+    assert not any(
+        stem.endswith("-front") for stem in keep([], folder, tmp_path / "RESULTS.md").pictures
+    )
+
+
 def test_a_gpu_stands_for_the_machine_it_is_in(tmp_path: Path) -> None:
     taught = run_record("teacher", "teacher")
     for one in (taught, run_record("student", "student")):
