@@ -74,7 +74,7 @@ def _ep_cnn(
 
     model = build_teacher(recipe, data).to(device, dtype)
     if recipe.precision == "bfloat16" and not computes_low(device):
-        tell(f"no bfloat16 in this {device.type}: relaxing in float32, which is faster here")
+        tell(f"this {device.type} has no bfloat16: relaxing in float32, which is faster here")
     described = {
         "architecture": model.architecture.to_dict(),
         "schedule": model.schedule.to_dict(),
