@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import tomllib
@@ -86,6 +87,24 @@ def set_key(content: dict[str, Any], dotted: str, value: Any) -> None:
             raise RecipeError(f"{'.'.join(keys)}: {key} is a value, not a section")
         content = inner
     content[keys[-1]] = value
+
+
+def with_keys(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's content with some keys changed, not checked; None values are skipped.
+
+    Another student does not inherit what is one's own.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(content))
+    changed.setdefault("student", {})
+    name = changes.get("student.name")
+    if name is not None and name != changed["student"].get("name"):
+        # A width, stages and weights belong to the student they were written for.
+        for key in ("width", "stages", "pretrained"):
+            changed["student"].pop(key, None)
+    for dotted, value in changes.items():
+        if value is not None:
+            set_key(changed, dotted, value)
+    return changed
 
 
 def _parse(text: str) -> Any:

@@ -7,14 +7,13 @@ once.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from epdistill.recipes.ablation import only_teacher
-from epdistill.recipes.loading import set_key
+from epdistill.recipes.loading import with_keys
 from epdistill.recorded.models import title_of
 from epdistill.recorded.store import Record
 from epdistill.robustness.intervals import Z95
@@ -31,11 +30,7 @@ def row_title(content: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         content: Of the ablation.
         row: One of its `rows`.
     """
-    recipe = copy.deepcopy(dict(content["recipe"]))
-    if row["keys"].get("student.name", recipe["student"]["name"]) != recipe["student"]["name"]:
-        recipe["student"].pop("width", None)  # another student has its own, as when it was made
-    for dotted, value in row["keys"].items():
-        set_key(recipe, dotted, value)
+    recipe = with_keys(content["recipe"], row["keys"])
     return title_of({"kind": row["kind"], "recipe": recipe})
 
 

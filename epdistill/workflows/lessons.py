@@ -69,11 +69,11 @@ def _ep_cnn(
     tell: Callable[[str], None],
     team: Team,
 ) -> Lesson:
-    from epdistill.teachers.mixed import computes_low
+    from epdistill.teachers.relaxation import is_mixed
     from epdistill.teachers.teach import TeachTask, build_teacher, measure
 
     model = build_teacher(recipe, data).to(device, dtype)
-    if recipe.precision == "bfloat16" and not computes_low(device):
+    if recipe.precision == "bfloat16" and not is_mixed(model.network(), model.schedule):
         tell(f"this {device.type} has no bfloat16: relaxing in float32, which is faster here")
     described = {
         "architecture": model.architecture.to_dict(),

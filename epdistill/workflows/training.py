@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from epdistill.distributed import synchronised
 from epdistill.errors import DiskError, RecipeError, RunError
 from epdistill.loading import load_teacher
 from epdistill.recipes import Recipe
-from epdistill.recipes.loading import set_key, validate
+from epdistill.recipes.loading import validate, with_keys
 from epdistill.runs import (
     CARD,
     CONFIG,
@@ -241,17 +240,7 @@ def inherit(content: Mapping[str, Any], overrides: Mapping[str, Any], source: st
     Raises:
         RecipeError: A key is unknown or a value out of range.
     """
-    changed: dict[str, Any] = copy.deepcopy(dict(content))
-    changed.setdefault("student", {})
-    name = overrides.get("student.name")
-    if name is not None and name != changed["student"].get("name"):
-        # A width, stages and weights belong to the student they were written for.
-        for key in ("width", "stages", "pretrained"):
-            changed["student"].pop(key, None)
-    for dotted, value in overrides.items():
-        if value is not None:
-            set_key(changed, dotted, value)
-    return validate(changed, source)
+    return validate(with_keys(content, overrides), source)
 
 
 def stem_of(recipe: Recipe, kind: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from epdistill.data import load
 from epdistill.recipes import load_recipe
-from epdistill.teachers import mixed, relaxation
+from epdistill.teachers import relaxation
 from epdistill.teachers.architecture import Architecture, layers_for
 from epdistill.teachers.learning import ep_step
 from epdistill.teachers.mixed import DifferencePhase, computes_low, lowered, make_base
@@ -178,8 +178,7 @@ def test_elsewhere_it_is_float32_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> 
 def test_teaching_says_so_and_the_bench_leaves_it_out(
     can: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in (mixed, relaxation):
-        monkeypatch.setattr(place, "computes_low", lambda device: can)
+    monkeypatch.setattr(relaxation, "computes_low", lambda device: can)
     recipe = load_recipe("digits", {"teacher.channels": [4, 6], "precision": "bfloat16"}, {})
     told: list[str] = []
     lessons.lesson_for(recipe, load("digits", limit=96), CPU, torch.float32, told.append)
